@@ -1,0 +1,176 @@
+"""Every config key this project adds, with its default and its paper, and the checks of values.
+
+The checks collect here, so that a wrong value is one clear sentence before anything is built.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from detectron2.config import CfgNode
+
+from .layers import REFINE_TYPES
+from .losses.balanced_l1 import REFERENCES, check_balanced_l1
+
+__all__ = ["add_libra_config", "check_config"]
+
+T = TypeVar("T")
+
+OPTIMIZERS = ("SGD", "AdamW")
+BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
+FRACTIONS = (
+    "MODEL.RPN.POSITIVE_FRACTION",
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+    "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU",
+    "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION",
+)
+# detectron2's own classes, which do not read this project's switches.
+DETECTRON2_CLASSES = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RPN")
+
+
+def add_libra_config(cfg: CfgNode) -> None:
+    """Adds the keys of libra_d2 to a detectron2 config, in place.
+
+    With all of them at their defaults a model computes what detectron2's own computes.
+    """
+    # Which reading to follow where a paper and mmdetection differ: "paper" or "mmdet".
+    cfg.MODEL.LIBRA = CfgNode()
+    cfg.MODEL.LIBRA.REFERENCE = "paper"
+
+    # ---- Balanced feature pyramid (Libra R-CNN, section 3.2): BACKBONE.NAME build_bfp_backbone
+    cfg.MODEL.BFP = CfgNode()
+    # Registered builder of the pyramid to balance.
+    cfg.MODEL.BFP.FPN_BUILDER = "build_resnet_fpn_backbone"
+    # Levels to balance, finest first; empty for all. Levels not named pass through.
+    cfg.MODEL.BFP.IN_FEATURES = []
+    # Index into these levels: at whose size the average of all is refined.
+    cfg.MODEL.BFP.REFINE_LEVEL = 2
+    # "non_local", "conv" or "none" (no parameters).
+    cfg.MODEL.BFP.REFINE_TYPE = "non_local"
+    # Normalization after the convolution of REFINE_TYPE "conv".
+    cfg.MODEL.BFP.NORM = ""
+
+    # ---- RPN: PROPOSAL_GENERATOR.NAME LibraRPN
+    # At most this many negatives a positive, and at least this many in all; -1 for no limit.
+    cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB = -1
+
+    # ---- Sampling (Libra R-CNN, section 3.1): ROI_HEADS.NAME LibraROIHeads
+    # "random" or "instance_balanced".
+    cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
+    # "random" or "iou_balanced".
+    cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "random"
+    cfg.MODEL.ROI_HEADS.IOU_BALANCED = CfgNode()
+    cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS = 3
+    # Negatives below this IoU form a set of their own, which gives FLOOR_FRACTION; 0 for none.
+    cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU = 0.0
+    cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION = 0.0
+
+    # ---- Balanced L1 loss (Libra R-CNN, section 3.3): BBOX_REG_LOSS_TYPE "balanced_l1"
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1 = CfgNode()
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA = 0.5
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.GAMMA = 1.5
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.BETA = 1.0
+
+    # ---- A ResNet small enough for a CPU: BACKBONE.NAME build_small_resnet_fpn_backbone
+    cfg.MODEL.SMALL_RESNET = CfgNode()
+    # Output channels of the stages res2 .. res5, each of one basic block.
+    cfg.MODEL.SMALL_RESNET.OUT_CHANNELS = [32, 64, 96, 128]
+
+    # ---- Training
+    # "SGD" or "AdamW" (BASE_LR and WEIGHT_DECAY are read by both).
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Checks the values of libra_d2's keys and of the fractions they work with.
+
+    Names of samplers, builders and anything else that is registered are checked where they are
+    looked up, when the model is built.
+
+    Raises:
+        ValueError: naming the key, its value and what would be right.
+    """
+    choose("MODEL.LIBRA.REFERENCE", cfg, REFERENCES)
+    choose("SOLVER.OPTIMIZER", cfg, OPTIMIZERS)
+    choose("MODEL.BFP.REFINE_TYPE", cfg, REFINE_TYPES)
+    for key in FRACTIONS:
+        if not 0.0 <= get_key(cfg, key) <= 1.0:
+            raise ValueError(f"{key} must be in [0, 1], got {get_key(cfg, key)}")
+    bound = cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB
+    if bound != -1 and bound < 1:
+        raise ValueError(
+            f"MODEL.RPN.NEGATIVE_POSITIVE_UB must be -1 (no bound) or at least 1, got {bound}"
+        )
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+        _check_two_stage(cfg)
+
+
+def _check_two_stage(cfg: CfgNode) -> None:
+    heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    choose("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", cfg, BOX_REG_LOSSES)
+    try:
+        check_balanced_l1(**balanced_l1_options(cfg, box_head))
+    except ValueError as error:
+        raise ValueError(f"MODEL.ROI_BOX_HEAD.BALANCED_L1: {error}") from None
+    if heads.IOU_BALANCED.NUM_BINS < 1:
+        raise ValueError(
+            "MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS must be at least 1, "
+            f"got {heads.IOU_BALANCED.NUM_BINS}"
+        )
+    # A switch that the chosen class does not read would do nothing, silently.
+    switches = (
+        ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", "random", "MODEL.ROI_HEADS.NAME"),
+        ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "random", "MODEL.ROI_HEADS.NAME"),
+        ("MODEL.RPN.NEGATIVE_POSITIVE_UB", -1, "MODEL.PROPOSAL_GENERATOR.NAME"),
+    )
+    for key, off, reader in switches:
+        if get_key(cfg, key) != off and get_key(cfg, reader) in DETECTRON2_CLASSES:
+            raise ValueError(
+                f"{key} {get_key(cfg, key)} needs one of this project's classes as {reader}, "
+                f"such as Libra{get_key(cfg, reader).removeprefix('Standard')}; "
+                f"got {get_key(cfg, reader)}"
+            )
+    if box_head.BBOX_REG_LOSS_TYPE == "balanced_l1" and heads.NAME in DETECTRON2_CLASSES:
+        raise ValueError(
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE balanced_l1 needs one of this project's classes "
+            f"as MODEL.ROI_HEADS.NAME, such as LibraROIHeads; got {heads.NAME}"
+        )
+
+
+def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> T | str:
+    """What ``choices`` holds for the value of ``key`` (the value itself if they are no mapping).
+
+    Raises:
+        ValueError: if the value is not among the choices; it names the nearest and lists all.
+    """
+    value = get_key(cfg, key)
+    if value not in choices:
+        raise ValueError(
+            f"{key} '{value}' does not exist{suggest(value, choices)}; "
+            f"there is {', '.join(choices)}"
+        )
+    return choices[value] if isinstance(choices, Mapping) else value
+
+
+def get_key(cfg: CfgNode, key: str):
+    """The value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A clause that names the known word nearest to ``word``, or nothing if none is near."""
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{nearest[0]}'?)" if nearest else ""
+
+
+def balanced_l1_options(cfg: CfgNode, head: CfgNode) -> dict:
+    """Keyword arguments of :func:`libra_d2.losses.balanced_l1_loss` for a head of the config."""
+    options = head.BALANCED_L1
+    return {
+        "alpha": options.ALPHA,
+        "gamma": options.GAMMA,
+        "beta": options.BETA,
+        "reference": cfg.MODEL.LIBRA.REFERENCE,
+    }

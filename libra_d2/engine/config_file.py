@@ -1,0 +1,101 @@
+"""Reads a config file and overrides, with an error a user can act on."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from ..config import add_libra_config, check_config, suggest
+
+__all__ = ["load_config"]
+
+# What MODEL.DEVICE is until a file or an override says otherwise.
+AUTO = "auto"
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads, checks and freezes a config.
+
+    ``MODEL.DEVICE`` is "cuda" where there is a GPU and "cpu" elsewhere, unless it is given.
+
+    Args:
+        config_file: path of a yaml file, which may name a ``_BASE_``.
+        opts: overrides, KEY VALUE KEY VALUE ...
+
+    Raises:
+        ValueError: one sentence that names the file or key and what would be right.
+    """
+    cfg = get_cfg()
+    add_libra_config(cfg)
+    cfg.MODEL.DEVICE = AUTO
+    if not PathManager.isfile(config_file):
+        path = Path(config_file)
+        others = [str(file) for file in path.parent.glob("*.yaml")]
+        raise ValueError(
+            f"config file '{config_file}' does not exist{suggest(str(path), others)}"
+        )
+    with _one_sentence(cfg, f"config file '{config_file}'"):
+        cfg.merge_from_file(config_file)
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ValueError(f"overrides must be pairs KEY VALUE, got {' '.join(opts)}")
+    with _one_sentence(cfg, "override"):
+        cfg.merge_from_list(opts)
+    check_config(cfg)
+    _settle_device(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _settle_device(cfg: CfgNode) -> None:
+    has_gpu = torch.cuda.is_available()
+    if cfg.MODEL.DEVICE == AUTO:
+        cfg.MODEL.DEVICE = "cuda" if has_gpu else "cpu"
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of torch such as cuda or cpu, got '{cfg.MODEL.DEVICE}'"
+        ) from None
+    if device.type == "cuda" and not has_gpu:
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds no GPU; use MODEL.DEVICE cpu"
+        )
+    if device.type != "cuda" and cfg.SOLVER.AMP.ENABLED:
+        raise ValueError(
+            f"SOLVER.AMP.ENABLED needs a GPU; MODEL.DEVICE is {cfg.MODEL.DEVICE}"
+        )
+
+
+@contextlib.contextmanager
+def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Turns what yaml, yacs and fvcore raise for bad input into a ``ValueError``."""
+    try:
+        yield
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise ValueError(f"{source} is not valid yaml{line}") from error
+    except (KeyError, AssertionError, ValueError, OSError, AttributeError, TypeError) as error:
+        message = str(error.args[0]) if error.args else str(error)
+        missing = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
+        if missing:
+            key = missing[1]
+            message = f"there is no key {key}{suggest(key, _keys(cfg))}"
+        elif isinstance(error, FileNotFoundError):
+            message = f"its _BASE_ '{error.filename}' does not exist"
+        elif isinstance(error, (AttributeError, TypeError)):
+            message = "it is not a mapping of config keys to values"
+        raise ValueError(f"{source}: {' '.join(message.split())}") from error
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,124 @@
+"""What ``train_net.py`` does: arguments, setup, training or evaluation."""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from .. import data, modeling  # noqa: F401  (imported to register)
+from ..quiet import silence_known_warnings
+from .checks import check_run, remove_run
+from .config_file import load_config
+from .launch import count_processes, is_main_process, launch
+from .trainer import LibraTrainer
+
+__all__ = ["main", "make_parser", "one_sentence_errors"]
+
+# detectron2's dumps of several hundred lines; they go to log.txt alone.
+_NOT_FOR_THE_SCREEN = (
+    "Command line arguments",
+    "Contents of args.config_file",
+    "Environment info",
+    "Model:",
+    "Rank of current process",
+    "Running with full config",
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """detectron2's arguments and two more."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        default=1,
+        help="number of CPU processes per machine, with --num-gpus 0",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a training run that OUTPUT_DIR holds"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, or with ``--eval-only`` evaluates.
+
+    Args:
+        argv: the command line without the program's name; None for this process's own.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with one_sentence_errors(parser.prog):
+        if not args.config_file:
+            raise ValueError("give a config with --config-file")
+        num_processes = count_processes(args)
+        opts = args.opts
+        if args.num_gpus == 0 and "MODEL.DEVICE" not in opts:
+            opts = [*opts, "MODEL.DEVICE", "cpu"]
+        cfg = load_config(args.config_file, opts)
+        if is_main_process():
+            check_run(
+                cfg,
+                eval_only=args.eval_only,
+                resume=args.resume,
+                overwrite=args.overwrite,
+                num_processes=num_processes,
+            )
+    if args.overwrite and not args.eval_only and is_main_process():
+        remove_run(Path(cfg.OUTPUT_DIR))
+    launch(_run, args, (cfg, args, parser.prog))
+
+
+@contextlib.contextmanager
+def one_sentence_errors(program: str) -> Iterator[None]:
+    """Turns a ``ValueError`` into one sentence and exit status 2."""
+    try:
+        yield
+    except ValueError as error:
+        if is_main_process():
+            print(f"{program}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace, program: str) -> None:
+    """One process's part."""
+    silence_known_warnings()
+    _setup(cfg, args)
+    if args.eval_only:
+        with one_sentence_errors(program):
+            model = LibraTrainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        LibraTrainer.test(cfg, model)
+        return
+    with one_sentence_errors(program):
+        trainer = LibraTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def _setup(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """detectron2's default setup, with its dumps kept off the screen."""
+    if args.eval_only:
+        # The folder may hold a training run, whose config and log must stay as they are.
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "libra_d2"):
+        logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+        for handler in logger.handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.addFilter(lambda r: not r.getMessage().startswith(_NOT_FOR_THE_SCREEN))
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
+        logging.getLogger("libra_d2").info("no GPU found: running on the CPU")

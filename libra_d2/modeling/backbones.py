@@ -1,0 +1,110 @@
+"""Backbones: the balanced feature pyramid around any pyramid, and a ResNet small enough for a CPU."""
+
+from functools import partial
+
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from torch import Tensor
+
+from libra_d2.layers import BalancedFeaturePyramid
+
+from ..config import choose
+
+__all__ = ["build_bfp_backbone", "build_small_resnet_fpn_backbone"]
+
+
+@BACKBONE_REGISTRY.register()
+def build_bfp_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
+    """A feature pyramid whose levels are balanced (Libra R-CNN, section 3.2).
+
+    The pyramid comes from the registered builder named in ``MODEL.BFP.FPN_BUILDER`` and keeps its
+    class and the names of its weights, so that checkpoints of the plain model load; only the
+    balancing layers are new, as its child ``bfp``.
+
+    Raises:
+        ValueError: if the builder does not exist or the levels do not fit ``MODEL.BFP``.
+    """
+    options = cfg.MODEL.BFP
+    build = choose("MODEL.BFP.FPN_BUILDER", cfg, dict(BACKBONE_REGISTRY))
+    pyramid = build(cfg, input_shape)
+    shapes = pyramid.output_shape()
+    names = list(options.IN_FEATURES) or sorted(shapes, key=lambda name: shapes[name].stride)
+    unknown = [name for name in names if name not in shapes]
+    if unknown:
+        raise ValueError(
+            f"MODEL.BFP.IN_FEATURES names {', '.join(unknown)}; "
+            f"{options.FPN_BUILDER} gives {', '.join(shapes)}"
+        )
+    channels = {name: shapes[name].channels for name in names}
+    if len(set(channels.values())) != 1:
+        raise ValueError(
+            f"the levels of MODEL.BFP.IN_FEATURES must have the same channels, got {channels}"
+        )
+    if not 0 <= options.REFINE_LEVEL < len(names):
+        raise ValueError(
+            f"MODEL.BFP.REFINE_LEVEL must be in [0, {len(names) - 1}], an index into the levels "
+            f"{', '.join(names)}; got {options.REFINE_LEVEL}"
+        )
+    return add_bfp(
+        pyramid,
+        names,
+        BalancedFeaturePyramid(
+            in_channels=channels[names[0]],
+            num_levels=len(names),
+            refine_level=options.REFINE_LEVEL,
+            refine_type=options.REFINE_TYPE,
+            norm=partial(get_norm, options.NORM),
+        ),
+    )
+
+
+def add_bfp(pyramid: Backbone, names: list[str], bfp: BalancedFeaturePyramid) -> Backbone:
+    """Makes a backbone balance its levels ``names``, finest first, after every forward pass."""
+    pyramid.add_module("bfp", bfp)
+    pyramid.register_forward_hook(partial(_balance, names))
+    return pyramid
+
+
+def _balance(
+    names: list[str], pyramid: Backbone, args: tuple, features: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    balanced = pyramid.bfp([features[name] for name in names])
+    return {**features, **dict(zip(names, balanced, strict=True))}
+
+
+@BACKBONE_REGISTRY.register()
+def build_small_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
+    """FPN on a ResNet of one basic block a stage, for training from scratch on a CPU.
+
+    Reads ``MODEL.SMALL_RESNET``, ``MODEL.FPN`` and, of ``MODEL.RESNETS``, NORM and
+    STEM_OUT_CHANNELS.
+    """
+    norm = cfg.MODEL.RESNETS.NORM
+    in_channels = cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
+    stem = BasicStem(in_channels=input_shape.channels, out_channels=in_channels, norm=norm)
+    stages = []
+    for i, out_channels in enumerate(cfg.MODEL.SMALL_RESNET.OUT_CHANNELS):
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                num_blocks=1,
+                in_channels=in_channels,
+                out_channels=out_channels,
+                stride_per_block=[1 if i == 0 else 2],
+                norm=norm,
+            )
+        )
+        in_channels = out_channels
+    bottom_up = ResNet(
+        stem, stages, out_features=cfg.MODEL.FPN.IN_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
+    )
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
