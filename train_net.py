@@ -5,7 +5,7 @@ from libra_d2.quiet import silence_known_warnings
 
 silence_known_warnings()
 
-from libra_d2.engine import main  # noqa: E402
+from libra_d2.engine import main
 
 if __name__ == "__main__":
     main()

@@ -131,8 +131,8 @@ def sample_instance_balanced_positives(
     if too few, random other positives fill up.
 
     Args:
-        gt_indices: the ground truth each candidate answers to, in [0, 2**20); integer, ``(..., N)``.
-            Where ``candidates`` is False the value does not matter.
+        gt_indices: the ground truth each candidate answers to, in [0, 2**20); integers,
+            ``(..., N)``. Where ``candidates`` is False the value does not matter.
         candidates: bool mask of the positives, shape ``(..., N)``.
         num_samples: how many to keep; an int, or an integer tensor that broadcasts to ``(...)``.
         generator: source of randomness on the device of ``candidates``.
@@ -227,7 +227,9 @@ def _random_order(candidates: Tensor, generator: torch.Generator | None) -> Tens
     # On the CPU shuffling is nearly ten times faster than sorting.
     size = candidates.shape[-1]
     num_rows = math.prod(candidates.shape[:-1])
-    rows = [torch.randperm(size, generator=generator) for _ in range(num_rows)]
+    rows = [
+        torch.randperm(size, device=candidates.device, generator=generator) for _ in range(num_rows)
+    ]
     return torch.stack(rows).view(candidates.shape) if rows else candidates.long()
 
 

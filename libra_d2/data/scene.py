@@ -10,9 +10,9 @@ __all__ = ["CLASSES", "Scene", "SceneMaker"]
 
 CLASSES = tuple(str(digit) for digit in range(10))
 
-# The long tail: each class is this much rarer than the one before, so that the last has an eighth
+# The long tail: each class is this much rarer than the one before, so that the last has a quarter
 # of the first.
-_TAIL = 0.8
+_TAIL = 0.87
 _CLASS_PROBABILITIES = _TAIL ** np.arange(10) / (_TAIL ** np.arange(10)).sum()
 _MIN_SIZE, _MAX_SIZE = 14, 150  # height of a digit before it is turned, in pixels
 _MAX_OBJECTS = 20
@@ -62,7 +62,7 @@ class SceneMaker:
         center = rng.uniform((0.3 * width, 0.3 * height), (0.7 * width, 0.7 * height))
         crowd = center if rng.random() < 0.3 else None
         taken: list[tuple[int, int, int, int]] = []
-        for i in range(num_objects + rng.integers(1, 6)):
+        for i in range(num_objects + rng.integers(0, 5)):
             label = int(rng.choice(10, p=_CLASS_PROBABILITIES)) if i < num_objects else None
             stencil = self._digit(label, rng) if label is not None else self._look_alike(rng)
             stencil = _turn(_resize(stencil, _size(num_objects, rng)), rng)

@@ -36,9 +36,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     if not PathManager.isfile(config_file):
         path = Path(config_file)
         others = [str(file) for file in path.parent.glob("*.yaml")]
-        raise ValueError(
-            f"config file '{config_file}' does not exist{suggest(str(path), others)}"
-        )
+        raise ValueError(f"config file '{config_file}' does not exist{suggest(str(path), others)}")
     with _one_sentence(cfg, f"config file '{config_file}'"):
         cfg.merge_from_file(config_file)
     opts = list(opts)
@@ -67,9 +65,7 @@ def _settle_device(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds no GPU; use MODEL.DEVICE cpu"
         )
     if device.type != "cuda" and cfg.SOLVER.AMP.ENABLED:
-        raise ValueError(
-            f"SOLVER.AMP.ENABLED needs a GPU; MODEL.DEVICE is {cfg.MODEL.DEVICE}"
-        )
+        raise ValueError(f"SOLVER.AMP.ENABLED needs a GPU; MODEL.DEVICE is {cfg.MODEL.DEVICE}")
 
 
 @contextlib.contextmanager

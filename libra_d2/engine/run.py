@@ -5,6 +5,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,9 +114,9 @@ def _setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
-    rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "libra_d2"):
-        logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    # Called with the very arguments of default_setup, which makes each logger only once.
+    make_logger = partial(setup_logger, cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    for logger in (make_logger(name="fvcore"), make_logger(), make_logger(name="libra_d2")):
         for handler in logger.handlers:
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(lambda r: not r.getMessage().startswith(_NOT_FOR_THE_SCREEN))

@@ -108,14 +108,13 @@ class BalancedFeaturePyramid(nn.Module):
         )
         refined = self.refine(integrated / self.num_levels)
         return [
-            level
-            + (_upsample if i < self.refine_level else _pool)(refined, level.shape[-2:])
+            level + (_upsample if i < self.refine_level else _pool)(refined, level.shape[-2:])
             for i, level in enumerate(levels)
         ]
 
 
 def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Max pools ``x`` to ``size``; plain pooling where sizes nest: same values, faster, exportable."""
+    """Max pools to ``size``; where sizes nest by plain pooling: as exact, faster, exportable."""
     (height, width), (out_height, out_width) = x.shape[-2:], size
     if height == out_height and width == out_width:
         return x

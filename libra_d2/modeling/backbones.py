@@ -1,4 +1,4 @@
-"""Backbones: the balanced feature pyramid around any pyramid, and a ResNet small enough for a CPU."""
+"""Backbones: the balanced feature pyramid around any other, and a small ResNet for the CPU."""
 
 from functools import partial
 

@@ -17,8 +17,8 @@ class LibraROIHeads(StandardROIHeads):
     """detectron2's standard ROI heads with balanced sampling and balanced L1 loss.
 
     Switches: ``MODEL.ROI_HEADS.POSITIVE_SAMPLER``, ``MODEL.ROI_HEADS.NEGATIVE_SAMPLER`` and
-    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``. With all of them at their defaults this is its parent,
-    bit for bit.
+    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE``. With all of them at their defaults it computes what
+    its parent does, bit for bit.
     """
 
     @configurable

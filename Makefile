@@ -1,0 +1,53 @@
+# `make help` lists the commands. Each does its own set-up, once, in .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+DEMO := output/demo
+
+.PHONY: help demo test lint benchmark clean
+
+help:
+	@echo "make demo       train a small Libra Faster R-CNN, evaluate it and draw what it finds"
+	@echo "make test       run the tests"
+	@echo "make lint       check style and formatting"
+	@echo "make benchmark  measure speed and memory (minutes; ARGS=--help for options)"
+	@echo "make clean      remove .venv, generated data sets and output"
+
+demo: .venv/requirements
+	@$(MAKE) --no-print-directory .venv/detectron2 || { \
+	  echo "make demo needs detectron2, and it could not be installed from its repository;" \
+	    ".venv/detectron2.log says why" >&2; exit 1; }
+	@$(PY) train_net.py --config-file configs/Demo/libra_faster_rcnn.yaml --overwrite \
+	  OUTPUT_DIR $(DEMO) $(ARGS)
+	@$(PY) tools/predict.py --config-file $(DEMO)/config.yaml --dataset digits_val \
+	  --output $(DEMO)/predictions.jpg --opts MODEL.WEIGHTS $(DEMO)/model_final.pth
+	@$(PY) tools/analyse.py $(DEMO)/metrics.json $(DEMO)/training.png
+
+test: .venv/requirements
+	@$(MAKE) --no-print-directory .venv/detectron2 || true
+	@$(PY) -m pytest $(ARGS)
+
+lint: .venv/requirements
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+benchmark: .venv/requirements .venv/detectron2
+	@$(PY) tools/benchmark.py $(ARGS)
+
+clean:
+	rm -rf .venv datasets/digits output
+
+.venv/requirements: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "libra_d2 needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "installing requirements into .venv (several GB, minutes, once)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt -r requirements-dev.txt
+	@touch $@
+
+# detectron2 compiles against the torch it finds, hence after it and without build isolation.
+.venv/detectron2: requirements-detectron2.txt .venv/requirements
+	@echo "building detectron2 from its repository (about two minutes, once)"
+	@GIT_TERMINAL_PROMPT=0 $(PIP) --no-build-isolation -r requirements-detectron2.txt \
+	  > .venv/detectron2.log 2>&1
+	@touch $@

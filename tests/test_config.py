@@ -1,0 +1,125 @@
+"""Config files and overrides: what is read, and what is refused in one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from toys import BASELINE, CONFIGS, LIBRA, toy_config
+
+from libra_d2.engine import load_config
+
+SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", SHIPPED)
+def test_shipped_configs_are_valid(config):
+    cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", "cpu"])
+    assert cfg.is_frozen() and cfg.SOLVER.MAX_ITER > 0
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in SHIPPED if not Path(c).name.startswith("Base") and "Demo" not in c]
+)
+def test_shipped_configs_write_to_folders_of_their_own(config):
+    cfg = load_config(str(CONFIGS / config), ["MODEL.DEVICE", "cpu"])
+    assert Path(cfg.OUTPUT_DIR).name == Path(config).stem
+
+
+def test_schedules_are_those_of_the_paper():
+    cfg = load_config(str(CONFIGS / LIBRA))
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == ((60000, 80000), 90000)
+    assert cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE == 256 and cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB == 5
+    assert cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 512
+    assert cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION == 0.25
+
+
+def test_device_is_what_there_is_unless_given():
+    assert load_config(str(CONFIGS / LIBRA)).MODEL.DEVICE == (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
+    assert toy_config(LIBRA, "MODEL.DEVICE", "cpu").MODEL.DEVICE == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("opts", "match"),
+    [
+        (["MODEL.BFP.REFINE_LEVL", 1], "no key MODEL.BFP.REFINE_LEVL.*'MODEL.BFP.REFINE_LEVEL'"),
+        (["MODEL.BFP"], "pairs KEY VALUE"),
+        (["MODEL.BFP.REFINE_LEVEL", "high"], "override: .*MODEL.BFP.REFINE_LEVEL"),
+        (["MODEL.LIBRA.REFERENCE", "mmdetection"], "did you mean 'mmdet'.*paper, mmdet"),
+        (["MODEL.BFP.REFINE_TYPE", "nonlocal"], "did you mean 'non_local'"),
+        (["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_11"], "did you mean 'balanced_l1'"),
+        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA", 0.0], "BALANCED_L1: .*alpha must be a positive"),
+        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.GAMMA", -1.0], "gamma must be a positive number"),
+        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.BETA", 0.0], "beta must be a positive number"),
+        (["MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.5], r"ROI_HEADS.POSITIVE_FRACTION must be in"),
+        (["MODEL.RPN.POSITIVE_FRACTION", -0.5], r"RPN.POSITIVE_FRACTION must be in \[0, 1\]"),
+        (["MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION", 2.0], "FLOOR_FRACTION must be in"),
+        (["MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU", 0.7], "FLOOR_IOU must be below"),
+        (["MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS", 0], "NUM_BINS must be at least 1"),
+        (["MODEL.RPN.NEGATIVE_POSITIVE_UB", 0], r"NEGATIVE_POSITIVE_UB must be -1 \(no bound\)"),
+        (["SOLVER.OPTIMIZER", "Adam"], "did you mean 'AdamW'"),
+        (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "MODEL.ROI_HEADS.NAME.*LibraROIHeads"),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "NEGATIVE_POSITIVE_UB 5 needs.*LibraRPN"),
+        (["MODEL.DEVICE", "gpu"], "a device of torch such as cuda or cpu, got 'gpu'"),
+        (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True], "AMP.ENABLED needs a GPU"),
+    ],
+)
+def test_bad_values_are_one_sentence(opts, match):
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(str(CONFIGS / LIBRA), [str(opt) for opt in opts])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match="MODEL.DEVICE is cuda but torch finds no GPU"):
+        load_config(str(CONFIGS / LIBRA), ["MODEL.DEVICE", "cuda"])
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("MODEL: [unclosed\n", r"not valid yaml \(line 2\)"),
+        ("- a\n- b\n", "not a mapping of config keys"),
+        ("MODEL:\n  BPF:\n    NORM: BN\n", "there is no key MODEL.BPF.*'MODEL.BFP'"),
+        ("_BASE_: nowhere.yaml\n", "_BASE_ '.*nowhere.yaml' does not exist"),
+        ("MODEL: 3\n", "MODEL"),
+        ("SOLVER:\n  BASE_LR: fast\n", "SOLVER.BASE_LR"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path, text, match):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(str(file))
+    assert "\n" not in str(error.value) and "bad.yaml" in str(error.value)
+
+
+def test_a_missing_file_names_its_neighbour():
+    with pytest.raises(ValueError, match="does not exist.*did you mean '.*Base-RCNN-FPN.yaml'"):
+        load_config(str(CONFIGS / "Base-RCN-FPN.yaml"))
+
+
+def test_a_saved_config_is_read_again(tmp_path):
+    cfg = toy_config(LIBRA)
+    file = tmp_path / "config.yaml"
+    file.write_text(cfg.dump())
+    assert load_config(str(file)) == cfg
+    assert yaml.safe_load(cfg.dump())["MODEL"]["BFP"]["REFINE_TYPE"] == "non_local"
+
+
+def test_detectron2s_own_config_is_left_alone():
+    """Importing and using libra_d2 changes neither detectron2's defaults nor its global config."""
+    program = (
+        "from detectron2.config import get_cfg, global_cfg\n"
+        "before = get_cfg().dump(), global_cfg.dump()\n"
+        "from libra_d2.engine import load_config\n"
+        f"load_config({str(CONFIGS / BASELINE)!r})\n"
+        "assert (get_cfg().dump(), global_cfg.dump()) == before\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

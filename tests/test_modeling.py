@@ -1,0 +1,451 @@
+"""Adapters: equal to detectron2 at defaults, every switch alone and with every other."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils.events import EventStorage
+from torch import nn
+from toys import BASELINE, LIBRA, PLAIN, make_inputs, toy_config
+
+from libra_d2.losses import balanced_l1_loss
+from libra_d2.modeling import LibraRPN, SamplingMatcher
+
+SMALL = ["MODEL.BACKBONE.NAME", "build_small_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0]
+SMALL += ["MODEL.RESNETS.NORM", "BN", "MODEL.BFP.FPN_BUILDER", "build_small_resnet_fpn_backbone"]
+
+# Each switch of the family: off and on.
+SWITCHES = {
+    "MODEL.BACKBONE.NAME": ("build_small_resnet_fpn_backbone", "build_bfp_backbone"),
+    "MODEL.RPN.NEGATIVE_POSITIVE_UB": (-1, 5),
+    "MODEL.ROI_HEADS.POSITIVE_SAMPLER": ("random", "instance_balanced"),
+    "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": ("random", "iou_balanced"),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "balanced_l1"),
+    "MODEL.LIBRA.REFERENCE": ("paper", "mmdet"),
+}
+
+
+def small_config(config, *opts):
+    """A toy whose backbone is the small ResNet, not frozen."""
+    return toy_config(config, *SMALL, *opts)
+
+
+def train_step(cfg, inputs=None):
+    """Losses, gradients and logged numbers of one step from a fixed seed, and the model."""
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    torch.manual_seed(1)
+    with EventStorage() as storage:
+        losses = model(make_inputs() if inputs is None else inputs)
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses, gradients, {k: v for k, (v, _) in storage.latest().items()}, model
+
+
+class TestAtDefaults:
+    def test_computes_what_its_parent_does_bit_for_bit(self):
+        losses, gradients, _, model = train_step(small_config(BASELINE))
+        expected_losses, expected_gradients, _, parent = train_step(small_config(BASELINE, *PLAIN))
+        assert type(model.roi_heads).__name__ == "LibraROIHeads"
+        assert type(parent.roi_heads).__name__ == "StandardROIHeads"
+        assert type(model.roi_heads.proposal_matcher) is Matcher
+        torch.testing.assert_close(losses, expected_losses, rtol=0, atol=0)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=0)
+
+    def test_masks_and_keypoints_draw_the_same_weights(self):
+        opts = ["MODEL.MASK_ON", True, "MODEL.KEYPOINT_ON", True]
+        opts += ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
+        states = []
+        for plain in ([], PLAIN):
+            torch.manual_seed(0)
+            states.append(build_model(small_config(BASELINE, *opts, *plain)).state_dict())
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+    @torch.no_grad()
+    def test_detects_what_its_parent_does(self):
+        detections = []
+        for plain in ([], PLAIN):
+            torch.manual_seed(0)
+            model = build_model(small_config(BASELINE, *plain)).eval()
+            detections.append(model(make_inputs())[0]["instances"].get_fields())
+        assert torch.equal(detections[0]["scores"], detections[1]["scores"])
+
+
+class TestSwitches:
+    @pytest.mark.parametrize("values", itertools.product(*SWITCHES.values()))
+    def test_every_combination_trains(self, values):
+        opts = itertools.chain(*zip(SWITCHES, values, strict=True))
+        losses, gradients, _, model = train_step(small_config(BASELINE, *opts))
+        assert all(loss.isfinite() for loss in losses.values())
+        assert all(g.isfinite().all() for g in gradients.values())
+        missing = {n for n, p in model.named_parameters() if p.requires_grad} - set(gradients)
+        assert not missing
+        assert gradients["roi_heads.box_predictor.bbox_pred.weight"].abs().sum() > 0
+
+    @pytest.mark.parametrize("switch", list(SWITCHES)[:5])
+    def test_each_one_changes_the_libra_model_alone(self, switch):
+        """Switching one off by one override gives another loss or another architecture."""
+        on = train_step(small_config(LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone"))
+        off = train_step(
+            small_config(
+                LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone", switch, SWITCHES[switch][0]
+            )
+        )
+        assert any(on[0][name] != off[0][name] for name in on[0])
+
+    @pytest.mark.parametrize(
+        "num_objects",
+        [(0, 0), (1, 1), (100, 40), (0, 100)],
+        ids=["none", "one", "more than samples", "none and many"],
+    )
+    @pytest.mark.parametrize("reference", ["paper", "mmdet"])
+    def test_any_number_of_objects_trains(self, num_objects, reference):
+        cfg = small_config(
+            LIBRA,
+            *("MODEL.BACKBONE.NAME", "build_bfp_backbone", "MODEL.LIBRA.REFERENCE", reference),
+            *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64),
+        )
+        losses, _, logged, _ = train_step(cfg, make_inputs(num_objects))
+        assert all(loss.isfinite() for loss in losses.values())
+        assert ("roi_head/min_positives_per_gt" in logged) == (max(num_objects) > 0)
+
+    def test_fewer_candidates_than_samples_and_ignored_ones_train(self):
+        cfg = small_config(
+            LIBRA,
+            *("MODEL.BACKBONE.NAME", "build_bfp_backbone"),
+            *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 5),
+            *("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.3, 0.5]),
+            *("MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]),
+        )
+        losses, _, logged, _ = train_step(cfg)
+        assert all(loss.isfinite() for loss in losses.values())
+        assert logged["roi_head/num_fg_samples"] + logged["roi_head/num_bg_samples"] <= 8
+
+
+BALANCED = ("instance_balanced", "iou_balanced")
+
+
+def make_matcher(positive="instance_balanced", negative="iou_balanced", *opts):
+    cfg = toy_config(
+        BASELINE,
+        *("MODEL.ROI_HEADS.POSITIVE_SAMPLER", positive),
+        *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", negative),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 40),
+        *opts,
+    )
+    return SamplingMatcher.from_config(cfg, Matcher([0.5], [0, 1]))
+
+
+class TestSamplingMatcher:
+    def ious(self):
+        generator = torch.Generator().manual_seed(0)
+        ious = torch.rand(3, 500, generator=generator) ** 3
+        ious[:, -1] = torch.tensor([1.0, 0.0, 0.0])  # an appended ground truth
+        return ious
+
+    def test_keeps_a_sample_and_ignores_the_rest(self):
+        ious = self.ious()
+        gt_indices, labels = make_matcher()(ious)
+        expected_indices, expected_labels = Matcher([0.5], [0, 1])(ious)
+        assert torch.equal(gt_indices, expected_indices) and labels.dtype == expected_labels.dtype
+        assert (labels == 1).sum() == 10 and (labels == 0).sum() == 30
+        chosen = labels >= 0
+        assert torch.equal(labels[chosen], expected_labels[chosen])
+        per_gt = gt_indices[labels == 1].bincount(minlength=3)
+        assert per_gt.max() <= round(10 / 3) + 1
+
+    def test_few_positives_leave_room_for_negatives(self):
+        ious = self.ious().clamp(max=0.45)
+        ious[0, :4] = 0.8
+        _, labels = make_matcher()(ious)
+        assert (labels == 1).sum() == 4 and (labels == 0).sum() == 36
+
+    @pytest.mark.parametrize(("reference", "high"), [("paper", 0.5), ("mmdet", 1.0)])
+    def test_bins_span_the_range_of_the_reference(self, reference, high):
+        ious = torch.zeros(1, 400)
+        ious[0, :200], ious[0, 200:220], ious[0, -1] = 0.05, 0.4, 1.0
+        _, labels = make_matcher("random", "iou_balanced", "MODEL.LIBRA.REFERENCE", reference)(ious)
+        # N = 39 and K = 3: a quota of 13 from the bin of 0.4, which mmdet's ranges make the second.
+        num_high = (labels[200:220] == 0).sum()
+        assert 13 <= num_high <= 20 and (labels[:400] == 0).sum() == 39
+        first_bin = (labels[:200] == 0).sum() + (labels[220:] == 0).sum()
+        assert first_bin == 39 - num_high
+
+    def test_random_leaves_a_kind_to_detectron2(self):
+        ious = self.ious()
+        _, expected = Matcher([0.5], [0, 1])(ious)
+        _, labels = make_matcher("random", "iou_balanced")(ious)
+        assert torch.equal(labels == 1, expected == 1) and (labels == 0).sum() == 30
+        _, labels = make_matcher("instance_balanced", "random")(ious)
+        assert torch.equal(labels == 0, expected == 0) and (labels == 1).sum() == 10
+
+    @pytest.mark.parametrize("reference", ["paper", "mmdet"])
+    def test_without_ground_truths(self, reference):
+        matcher = make_matcher(
+            "instance_balanced", "iou_balanced", "MODEL.LIBRA.REFERENCE", reference
+        )
+        gt_indices, labels = matcher(torch.zeros(0, 100))
+        assert (labels == 0).sum() == 40 and (labels == -1).sum() == 60
+        assert torch.equal(gt_indices, torch.zeros(100, dtype=torch.int64))
+
+    @pytest.mark.parametrize("reference", ["paper", "mmdet"])
+    def test_without_candidates(self, reference):
+        matcher = make_matcher(
+            "instance_balanced", "iou_balanced", "MODEL.LIBRA.REFERENCE", reference
+        )
+        for num_gts in (0, 2):
+            gt_indices, labels = matcher(torch.zeros(num_gts, 0))
+            assert len(gt_indices) == len(labels) == 0
+
+    def test_ignored_stay_ignored(self):
+        matcher = make_matcher(
+            "instance_balanced",
+            "iou_balanced",
+            *("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.3, 0.5]),
+            *("MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]),
+        )
+        matcher.matcher = Matcher([0.3, 0.5], [0, -1, 1])
+        ious = self.ious()
+        _, labels = matcher(ious)
+        between = (ious.amax(0) >= 0.3) & (ious.amax(0) < 0.5)
+        assert (labels[between] == -1).all() and (labels == 0).sum() == 30
+
+    @pytest.mark.parametrize(
+        ("key", "value", "nearest"),
+        [
+            ("POSITIVE_SAMPLER", "instance_balnced", "instance_balanced"),
+            ("NEGATIVE_SAMPLER", "iou", ""),
+        ],
+    )
+    def test_unknown_sampler(self, key, value, nearest):
+        with pytest.raises(ValueError, match=f"MODEL.ROI_HEADS.{key} '{value}'.*{nearest}.*random"):
+            build_model(small_config(BASELINE, f"MODEL.ROI_HEADS.{key}", value))
+
+
+def test_sampled_numbers_are_logged():
+    """They are those of the proposals that come back."""
+    cfg = small_config(
+        LIBRA,
+        *("MODEL.BACKBONE.NAME", "build_bfp_backbone"),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64),
+    )
+    heads = build_model(cfg).roi_heads
+    inputs = [x["instances"] for x in make_inputs((3, 0, 1))]
+    generator = torch.Generator().manual_seed(5)
+    proposals = []
+    for targets in inputs:
+        boxes = torch.rand(300, 4, generator=generator) * 60
+        boxes[:, 2:] += boxes[:, :2] + 1
+        if len(targets):
+            boxes[:100] = targets.gt_boxes.tensor[torch.arange(100) % len(targets)]
+            boxes[:100] += torch.randn(100, 4, generator=generator) * 4
+            boxes[:100, 2:] = torch.maximum(boxes[:100, 2:], boxes[:100, :2] + 1)
+        image = copy.copy(targets).__class__(targets.image_size)
+        image.proposal_boxes = Boxes(boxes)
+        image.objectness_logits = torch.zeros(300)
+        proposals.append(image)
+    with EventStorage() as storage:
+        sampled = heads.label_and_sample_proposals(proposals, inputs)
+    logged = {k: v for k, (v, _) in storage.latest().items()}
+
+    counts, bins = [], torch.zeros(3)
+    for image, targets in zip(sampled, inputs, strict=True):
+        background = image.gt_classes == 10
+        ious = pairwise_iou(targets.gt_boxes, image.proposal_boxes)
+        best = ious.amax(0) if len(targets) else torch.zeros(len(image))
+        bins += torch.histc(best[background], bins=3, min=0, max=0.5)
+        if len(targets):
+            counts += ious.argmax(0)[~background].bincount(minlength=len(targets)).tolist()
+            assert torch.equal(image.gt_indices, ious.argmax(0))
+    for k in range(3):
+        assert logged[f"roi_head/negative_iou_bin{k}"] == pytest.approx(bins[k] / bins.sum())
+    assert logged["roi_head/min_positives_per_gt"] == min(counts)
+    assert logged["roi_head/max_positives_per_gt"] == max(counts)
+
+
+class TestBalancedL1:
+    def loss(self, cls_agnostic, reference="paper", classes=(2, 10, 0)):
+        opts = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", cls_agnostic]
+        opts += ["MODEL.LIBRA.REFERENCE", reference, "MODEL.ROI_BOX_HEAD.BALANCED_L1.BETA", 0.2]
+        cfg = small_config(LIBRA, *opts)
+        predictor = build_model(cfg).roi_heads.box_predictor
+        proposals = torch.tensor([[0.0, 0, 10, 10], [5, 5, 20, 30], [3, 3, 9, 12]])
+        targets = proposals + torch.tensor([1.0, -1, 2, 3])
+        deltas = torch.linspace(-1, 1, 3 * (4 if cls_agnostic else 40)).view(3, -1)
+        classes = torch.tensor(classes)
+        deltas.requires_grad_()
+        loss = predictor.box_reg_loss(proposals, targets, deltas, classes)
+        wanted = predictor.box2box_transform.get_deltas(proposals, targets)
+        expected = 0.0
+        for i, c in enumerate(classes.tolist()):
+            if c < 10:
+                own = deltas[i] if cls_agnostic else deltas[i].view(10, 4)[c]
+                expected += balanced_l1_loss(
+                    own, wanted[i], beta=0.2, reduction="sum", reference=reference
+                )
+        return loss, expected / 3, deltas
+
+    @pytest.mark.parametrize("cls_agnostic", [True, False])
+    @pytest.mark.parametrize("reference", ["paper", "mmdet"])
+    def test_is_over_the_true_class_and_divided_by_all_rois(self, cls_agnostic, reference):
+        loss, expected, _ = self.loss(cls_agnostic, reference)
+        torch.testing.assert_close(loss, expected)
+
+    def test_without_foreground_is_a_differentiable_zero(self):
+        loss, _, deltas = self.loss(False, classes=(10, 10, 10))
+        loss.backward()
+        assert loss.item() == 0 and deltas.grad.abs().sum() == 0
+
+    @pytest.mark.parametrize("loss_type", ["smooth_l1", "giou"])
+    def test_detectron2s_losses_still_work(self, loss_type):
+        cfg = small_config(BASELINE, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss_type)
+        plain = small_config(BASELINE, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", loss_type, *PLAIN)
+        torch.testing.assert_close(train_step(cfg)[0], train_step(plain)[0], rtol=0, atol=0)
+
+
+class TestRPN:
+    def labels(self, bound, num_positives, num_negatives):
+        cfg = toy_config(BASELINE, "MODEL.RPN.NEGATIVE_POSITIVE_UB", bound)
+        rpn = build_model(cfg).proposal_generator
+        assert isinstance(rpn, LibraRPN)
+        label = torch.full((2000,), -1, dtype=torch.int8)
+        label[:num_positives], label[1000 : 1000 + num_negatives] = 1, 0
+        out = rpn._subsample_labels(label.clone())
+        assert ((out == -1) | (out == label)).all()
+        return (out == 1).sum().item(), (out == 0).sum().item()
+
+    @pytest.mark.parametrize(
+        ("bound", "available", "sampled"),
+        [
+            (5, (3, 900), (3, 15)),
+            (5, (0, 900), (0, 5)),
+            (5, (0, 2), (0, 2)),
+            (5, (500, 900), (128, 128)),
+            (1, (10, 900), (10, 10)),
+            (-1, (3, 900), (3, 253)),
+        ],
+    )
+    def test_at_most_so_many_negatives_a_positive(self, bound, available, sampled):
+        assert self.labels(bound, *available) == sampled
+
+
+@BACKBONE_REGISTRY.register()
+def build_uneven_backbone(cfg, input_shape):
+    """A pyramid of anyone's own, whose levels differ in channels."""
+
+    class Uneven(Backbone):
+        _out_features = ("p2", "p3")
+        _out_feature_channels = {"p2": 8, "p3": 16}  # noqa: RUF012
+        _out_feature_strides = {"p2": 4, "p3": 8}  # noqa: RUF012
+
+        def forward(self, x):
+            raise NotImplementedError
+
+    return Uneven()
+
+
+class TestBfpBackbone:
+    def build(self, *opts):
+        return build_model(
+            small_config(LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone", *opts)
+        ).backbone
+
+    def test_balances_what_the_pyramid_gives(self):
+        torch.manual_seed(0)
+        backbone = self.build().eval()
+        for parameter in backbone.bfp.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        image = torch.rand(2, 3, 64, 96)
+        plain = backbone.forward(image)  # without the hook that balances
+        names = ["p2", "p3", "p4", "p5", "p6"]
+        expected = backbone.bfp([plain[name] for name in names])
+        got = backbone(image)
+        assert list(got) == names
+        for name, level in zip(names, expected, strict=True):
+            torch.testing.assert_close(got[name], level)
+            assert not torch.equal(got[name], plain[name])
+
+    def test_levels_not_named_pass_through(self):
+        names = ["p2", "p3", "p4", "p5"]
+        backbone = self.build("MODEL.BFP.IN_FEATURES", names).eval()
+        image = torch.rand(1, 3, 64, 64)
+        plain, got = backbone.forward(image), backbone(image)
+        assert torch.equal(got["p6"], plain["p6"])
+        assert not any(torch.equal(got[name], plain[name]) for name in names)
+
+    def test_is_still_the_pyramid(self):
+        backbone = self.build()
+        assert isinstance(backbone, FPN) and backbone.size_divisibility == 32
+        copied = copy.deepcopy(backbone).eval()
+        image = torch.rand(1, 3, 64, 64)
+        nn.init.ones_(copied.bfp.refine.conv_out.bias)
+        assert not torch.equal(copied(image)["p2"], backbone.eval()(image)["p2"])
+
+    @pytest.mark.parametrize(
+        ("opts", "match"),
+        [
+            (
+                ("MODEL.BFP.REFINE_LEVEL", 5),
+                r"REFINE_LEVEL must be in \[0, 4\].*p2, p3, p4",
+            ),
+            (("MODEL.BFP.REFINE_LEVEL", -1), "REFINE_LEVEL must be in"),
+            (("MODEL.BFP.REFINE_TYPE", "nonlocal"), "did you mean 'non_local'.*conv, none"),
+            (("MODEL.BFP.IN_FEATURES", ["p2", "p9"]), "IN_FEATURES names p9"),
+            (("MODEL.BFP.FPN_BUILDER", "build_resnet_fpn"), "did you mean 'build_resnet_fpn_back"),
+            (
+                ("MODEL.BFP.FPN_BUILDER", "build_uneven_backbone", "MODEL.BFP.REFINE_LEVEL", 0),
+                "same channels, got .*'p2': 8, 'p3': 16",
+            ),
+        ],
+    )
+    def test_bad_options(self, opts, match):
+        with pytest.raises(ValueError, match=match):
+            self.build(*opts)
+
+
+class TestCheckpoints:
+    def test_a_plain_models_checkpoint_lacks_only_the_bfp(self, tmp_path):
+        torch.manual_seed(0)
+        plain = build_model(toy_config(BASELINE, *PLAIN))
+        DetectionCheckpointer(plain, str(tmp_path)).save("plain")
+        libra = build_model(toy_config(LIBRA))
+        incompatible = DetectionCheckpointer(libra)._load_model(
+            torch.load(tmp_path / "plain.pth", weights_only=True)
+        )
+        own = {f"backbone.{n}" for n, _ in libra.backbone.named_parameters() if n.startswith("bfp")}
+        assert set(incompatible.missing_keys) == own and len(own) == 8
+        assert incompatible.unexpected_keys == []
+        state = libra.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+
+    def test_an_imagenet_backbone_loads(self):
+        """By detectron2's matching of names, as from its R-50.pkl."""
+        torch.manual_seed(0)
+        source = build_model(toy_config(BASELINE, *PLAIN)).backbone.bottom_up.state_dict()
+        libra = build_model(toy_config(LIBRA))
+        checkpoint = {"model": dict(source), "matching_heuristics": True, "__author__": "test"}
+        DetectionCheckpointer(libra)._load_model(checkpoint)
+        state = libra.backbone.bottom_up.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in source.items())
+
+
+def test_libra_rpn_is_an_rpn():
+    assert issubclass(LibraRPN, RPN)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_trains_on_a_gpu_under_amp(dtype):
+    cfg = small_config(LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone", "MODEL.DEVICE", "cuda")
+    model = build_model(cfg).train()
+    with EventStorage(), torch.autocast("cuda", dtype):
+        losses = model(make_inputs())
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())

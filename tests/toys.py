@@ -1,0 +1,67 @@
+"""Shipped configs at a size that trains in a second, and images to go with them."""
+
+from pathlib import Path
+
+import torch
+from detectron2.structures import Boxes, Instances
+
+from libra_d2.engine import load_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+# Narrow layers, small images and few samples; what a config switches stays as it is.
+TOY = [
+    "MODEL.DEVICE", "cpu",
+    "MODEL.WEIGHTS", "",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS", 16,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS", 32,
+    "MODEL.RESNETS.WIDTH_PER_GROUP", 2,
+    "MODEL.SMALL_RESNET.OUT_CHANNELS", [16, 16, 16, 16],
+    "MODEL.FPN.OUT_CHANNELS", 32,
+    "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
+    "MODEL.ROI_HEADS.NUM_CLASSES", 10,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN", 100,
+    "MODEL.RPN.POST_NMS_TOPK_TEST", 20,
+    "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]],
+    "INPUT.MIN_SIZE_TRAIN", (96,),
+    "INPUT.MIN_SIZE_TEST", 96,
+    "SOLVER.IMS_PER_BATCH", 2,
+    "SOLVER.BASE_LR", 1e-5,
+    "SOLVER.STEPS", (),
+    "SOLVER.MAX_ITER", 2,
+    "SOLVER.WARMUP_ITERS", 0,
+    "DATALOADER.NUM_WORKERS", 0,
+    "TEST.EVAL_PERIOD", 0,
+    "SEED", 1,
+]  # fmt: skip
+
+LIBRA = "Base-Libra-RCNN-FPN.yaml"
+BASELINE = "Base-RCNN-FPN.yaml"
+# detectron2's own classes, for the same model.
+PLAIN = ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN"]
+
+
+def toy_opts(*opts) -> list[str]:
+    """Overrides that make any shipped config a toy, and then some."""
+    return [str(opt) for opt in (*TOY, *opts)]
+
+
+def toy_config(config: str, *opts):
+    """A shipped config, by its path under configs/, as a toy."""
+    return load_config(str(CONFIGS / config), toy_opts(*opts))
+
+
+def make_inputs(num_objects=(3, 0, 1), size=(96, 128)) -> list[dict]:
+    """A batch for training: an image with each of these numbers of objects."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = size
+    inputs = []
+    for n in num_objects:
+        corner = torch.rand(n, 2, generator=generator) * torch.tensor([width, height]) * 0.6
+        extent = torch.rand(n, 2, generator=generator) * torch.tensor([width, height]) * 0.3 + 8
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
+        instances.gt_classes = torch.randint(10, (n,), generator=generator)
+        image = torch.rand(3, height, width, generator=generator) * 255
+        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
