@@ -24,7 +24,11 @@ FRACTIONS = (
     "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU",
     "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION",
 )
-# detectron2's own classes, which do not read this project's switches.
+# Which class reads this project's switches, and detectron2's own, which do not.
+READERS = {
+    "ROI": ("MODEL.ROI_HEADS.NAME", "LibraROIHeads"),
+    "RPN": ("MODEL.PROPOSAL_GENERATOR.NAME", "LibraRPN"),
+}
 DETECTRON2_CLASSES = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RPN")
 
 
@@ -117,24 +121,24 @@ def _check_two_stage(cfg: CfgNode) -> None:
             "MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS must be at least 1, "
             f"got {heads.IOU_BALANCED.NUM_BINS}"
         )
-    # A switch that the chosen class does not read would do nothing, silently.
-    switches = (
-        ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", "random", "MODEL.ROI_HEADS.NAME"),
-        ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "random", "MODEL.ROI_HEADS.NAME"),
-        ("MODEL.RPN.NEGATIVE_POSITIVE_UB", -1, "MODEL.PROPOSAL_GENERATOR.NAME"),
-    )
-    for key, off, reader in switches:
-        if get_key(cfg, key) != off and get_key(cfg, reader) in DETECTRON2_CLASSES:
-            raise ValueError(
-                f"{key} {get_key(cfg, key)} needs one of this project's classes as {reader}, "
-                f"such as Libra{get_key(cfg, reader).removeprefix('Standard')}; "
-                f"got {get_key(cfg, reader)}"
-            )
-    if box_head.BBOX_REG_LOSS_TYPE == "balanced_l1" and heads.NAME in DETECTRON2_CLASSES:
+    if heads.IOU_BALANCED.FLOOR_IOU >= background_threshold(cfg):
         raise ValueError(
-            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE balanced_l1 needs one of this project's classes "
-            f"as MODEL.ROI_HEADS.NAME, such as LibraROIHeads; got {heads.NAME}"
+            "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU must be below the background threshold "
+            f"{background_threshold(cfg)}, got {heads.IOU_BALANCED.FLOOR_IOU}"
         )
+    # A switch that the chosen class does not read would do nothing, silently.
+    needed_by = {
+        "MODEL.ROI_HEADS.POSITIVE_SAMPLER": heads.POSITIVE_SAMPLER != "random",
+        "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": heads.NEGATIVE_SAMPLER != "random",
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": box_head.BBOX_REG_LOSS_TYPE == "balanced_l1",
+        "MODEL.RPN.NEGATIVE_POSITIVE_UB": cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB != -1,
+    }
+    for key, is_on in needed_by.items():
+        reader, own = READERS["RPN" if "RPN" in key else "ROI"]
+        if is_on and get_key(cfg, reader) in DETECTRON2_CLASSES:
+            raise ValueError(
+                f"{key} {get_key(cfg, key)} needs {reader} {own}, got {get_key(cfg, reader)}"
+            )
 
 
 def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> T | str:
@@ -163,6 +167,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """A clause that names the known word nearest to ``word``, or nothing if none is near."""
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean '{nearest[0]}'?)" if nearest else ""
+
+
+def background_threshold(cfg: CfgNode) -> float:
+    """The IoU below which the ROI heads' matcher calls a proposal background."""
+    thresholds, labels = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS, cfg.MODEL.ROI_HEADS.IOU_LABELS
+    edges = [upper for upper, label in zip([*thresholds, 1.0], labels, strict=True) if label == 0]
+    return max(edges, default=thresholds[0])
 
 
 def balanced_l1_options(cfg: CfgNode, head: CfgNode) -> dict:

@@ -158,7 +158,8 @@ def sample_instance_balanced_positives(
     # A positive is among the first `quota` of its group if the one `quota` places before it
     # belongs to another group.
     before = torch.arange(groups.shape[-1], device=groups.device) - quota
-    first = (groups.gather(-1, before.clamp(min=0)) != groups) | (before < 0)
+    first = before < 0
+    first |= groups.gather(-1, before.clamp_(min=0)) != groups
     first &= positive
     # Too few: keep them and draw from the rest. Too many: draw from them.
     num_first = first.sum(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,10 @@ HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 CORE = {"test_core.py", "test_sampling.py", "test_losses.py", "test_layers.py", "test_analyse.py"}
 
 if HAS_DETECTRON2:
-    # The embedded data sets go where neither the user's nor those of another run are; registered
-    # paths are settled when libra_d2.data is imported, hence before any test is.
-    os.environ["DETECTRON2_DATASETS"] = str(
-        Path(os.environ.get("TMPDIR", "/tmp")) / f"libra_d2_tests_{os.getuid()}"
-    )
+    # The data sets are drawn anew for every run of the tests. Where they lie is settled when
+    # libra_d2.data is imported, hence here, before any test is.
+    _datasets = tempfile.TemporaryDirectory(prefix="libra_d2_datasets_")
+    os.environ["DETECTRON2_DATASETS"] = _datasets.name
 else:
     collect_ignore = [f.name for f in Path(__file__).parent.glob("test_*.py") if f.name not in CORE]
 

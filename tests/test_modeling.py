@@ -79,7 +79,7 @@ class TestAtDefaults:
 
 
 class TestSwitches:
-    @pytest.mark.parametrize("values", itertools.product(*SWITCHES.values()))
+    @pytest.mark.parametrize("values", list(itertools.product(*SWITCHES.values())))
     def test_every_combination_trains(self, values):
         opts = itertools.chain(*zip(SWITCHES, values, strict=True))
         losses, gradients, _, model = train_step(small_config(BASELINE, *opts))
@@ -92,12 +92,10 @@ class TestSwitches:
     @pytest.mark.parametrize("switch", list(SWITCHES)[:5])
     def test_each_one_changes_the_libra_model_alone(self, switch):
         """Switching one off by one override gives another loss or another architecture."""
-        on = train_step(small_config(LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone"))
-        off = train_step(
-            small_config(
-                LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone", switch, SWITCHES[switch][0]
-            )
-        )
+        opts = ["MODEL.BACKBONE.NAME", "build_bfp_backbone"]
+        opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32]
+        on = train_step(small_config(LIBRA, *opts))
+        off = train_step(small_config(LIBRA, *opts, switch, SWITCHES[switch][0]))
         assert any(on[0][name] != off[0][name] for name in on[0])
 
     @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ __all__ = ["CLASSES", "Scene", "SceneMaker"]
 
 CLASSES = tuple(str(digit) for digit in range(10))
 
-# The long tail: each class is this much rarer than the one before, so that the last has a quarter
-# of the first.
-_TAIL = 0.87
-_CLASS_PROBABILITIES = _TAIL ** np.arange(10) / (_TAIL ** np.arange(10)).sum()
+# The long tail: each class is this much rarer than the next, so that 0 is a quarter as frequent as 9.
+_TAIL = 0.86
+_CLASS_PROBABILITIES = _TAIL ** np.arange(9, -1, -1) / (_TAIL ** np.arange(10)).sum()
 _MIN_SIZE, _MAX_SIZE = 14, 150  # height of a digit before it is turned, in pixels
 _MAX_OBJECTS = 20
 _MAX_COVERED = 0.35  # of an object's box by any other's
@@ -62,7 +61,7 @@ class SceneMaker:
         center = rng.uniform((0.3 * width, 0.3 * height), (0.7 * width, 0.7 * height))
         crowd = center if rng.random() < 0.3 else None
         taken: list[tuple[int, int, int, int]] = []
-        for i in range(num_objects + rng.integers(0, 5)):
+        for i in range(num_objects + rng.integers(0, 4)):
             label = int(rng.choice(10, p=_CLASS_PROBABILITIES)) if i < num_objects else None
             stencil = self._digit(label, rng) if label is not None else self._look_alike(rng)
             stencil = _turn(_resize(stencil, _size(num_objects, rng)), rng)
@@ -117,7 +116,7 @@ class SceneMaker:
 def _size(num_objects: int, rng: np.random.Generator) -> float:
     """Height of an object in pixels; the more there are, the smaller the largest."""
     largest = _MAX_SIZE / max(1.0, np.sqrt(num_objects / 2.5))
-    return float(np.exp(rng.uniform(np.log(_MIN_SIZE), np.log(largest))))
+    return float(_MIN_SIZE * (largest / _MIN_SIZE) ** rng.uniform() ** 0.7)
 
 
 def _resize(stencil: np.ndarray, height: float) -> np.ndarray:

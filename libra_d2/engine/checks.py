@@ -7,13 +7,29 @@ from urllib.parse import urlparse
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
 from detectron2.utils.file_io import PathManager
 
-from ..config import suggest
+from ..config import choose, get_key, suggest
 from ..data.digits import SPLITS
 
 __all__ = ["check_run", "remove_run"]
 
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
+}
+# detectron2's names for "none".
+_NO_OBJECT = ("", "PrecomputedProposals")
 # What a training run leaves in its output folder.
 _RUN_FILES = (
     "config.yaml",
@@ -31,7 +47,7 @@ _MAX_BYTES_TO_CHECK = 64 * 2**20
 def check_run(
     cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool, num_processes: int = 1
 ) -> None:
-    """Checks data sets, weights and the output folder; draws the embedded data sets if needed.
+    """Checks names, data sets, weights and the output folder; draws embedded data sets if needed.
 
     Args:
         cfg: the run's config.
@@ -43,6 +59,9 @@ def check_run(
     Raises:
         ValueError: naming what is wrong and what would be right.
     """
+    for key, registry in _REGISTRIES.items():
+        if get_key(cfg, key) not in _NO_OBJECT:
+            choose(key, cfg, dict(registry))
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if not eval_only and cfg.SOLVER.IMS_PER_BATCH % num_processes:

@@ -1,6 +1,7 @@
 """Backbones: the balanced feature pyramid around any other, and a small ResNet for the CPU."""
 
 from functools import partial
+from itertools import pairwise
 
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -55,7 +56,7 @@ def build_bfp_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
             num_levels=len(names),
             refine_level=options.REFINE_LEVEL,
             refine_type=options.REFINE_TYPE,
-            norm=partial(get_norm, options.NORM),
+            norm=partial(get_norm, options.NORM) if options.NORM else "",
         ),
     )
 
@@ -80,12 +81,22 @@ def build_small_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
 
     Reads ``MODEL.SMALL_RESNET``, ``MODEL.FPN`` and, of ``MODEL.RESNETS``, NORM and
     STEM_OUT_CHANNELS.
+
+    Raises:
+        ValueError: if the widths are not four, or two in a row are the same.
     """
+    widths = cfg.MODEL.SMALL_RESNET.OUT_CHANNELS
+    if len(widths) != 4 or any(a == b for a, b in pairwise(widths)):
+        # detectron2's basic block has no convolution on its shortcut if its channels stay.
+        raise ValueError(
+            "MODEL.SMALL_RESNET.OUT_CHANNELS must be four numbers, each other than the one before, "
+            f"got {widths}"
+        )
     norm = cfg.MODEL.RESNETS.NORM
     in_channels = cfg.MODEL.RESNETS.STEM_OUT_CHANNELS
     stem = BasicStem(in_channels=input_shape.channels, out_channels=in_channels, norm=norm)
     stages = []
-    for i, out_channels in enumerate(cfg.MODEL.SMALL_RESNET.OUT_CHANNELS):
+    for i, out_channels in enumerate(widths):
         stages.append(
             ResNet.make_stage(
                 BasicBlock,

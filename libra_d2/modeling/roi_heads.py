@@ -5,8 +5,9 @@ from detectron2.config import configurable
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Instances
 
+from ..config import background_threshold
 from .fast_rcnn import LibraFastRCNNOutputLayers
-from .samplers import SamplingMatcher, background_threshold
+from .samplers import SamplingMatcher
 from .sampling_log import log_sampled
 
 __all__ = ["LibraROIHeads"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
 
-from ..config import choose
+from ..config import background_threshold, choose
 
 __all__ = ["NEGATIVE_SAMPLERS", "POSITIVE_SAMPLERS", "Matches", "SamplingMatcher"]
 
@@ -32,13 +32,6 @@ class Matches:
 
 # (matches, candidates (P,) bool, num_samples) -> kept (P,) bool
 Sampler = Callable[[Matches, Tensor, int | Tensor], Tensor]
-
-
-def background_threshold(cfg: CfgNode) -> float:
-    """The IoU below which the ROI heads' matcher calls a proposal background."""
-    thresholds, labels = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS, cfg.MODEL.ROI_HEADS.IOU_LABELS
-    edges = [upper for upper, label in zip([*thresholds, 1.0], labels, strict=True) if label == 0]
-    return max(edges, default=thresholds[0])
 
 
 def _instance_balanced(cfg: CfgNode) -> Sampler:
@@ -140,6 +133,8 @@ class SamplingMatcher:
             positives and negatives, -1 for the rest.
         """
         gt_indices, labels = self.matcher(match_quality_matrix)
+        if len(labels) == 0:
+            return gt_indices, labels
         if match_quality_matrix.shape[0] > 0:
             ious = match_quality_matrix.amax(dim=0)
         else:

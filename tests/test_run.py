@@ -1,0 +1,229 @@
+"""Runs as a user starts them: training, resuming, evaluating, several processes, bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from toys import BASELINE, CONFIGS, LIBRA, toy_opts
+
+from libra_d2.data.digits import Split, make_digits
+from libra_d2.engine import main
+
+ROOT = CONFIGS.parent
+TRAINED = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.yaml")
+    if not path.name.startswith("Base")
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny(tmp_path_factory):
+    """A registered data set of six images."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny"
+    make_digits(Split(num_images=6, seed=5, training=True), folder)
+    register_coco_instances("tiny", {}, str(folder / "annotations.json"), str(folder / "images"))
+    yield folder
+    DatasetCatalog.remove("tiny")
+    MetadataCatalog.remove("tiny")
+
+
+def command(config, output, *opts, flags=()):
+    """A command line for a toy run on the tiny data set."""
+    tiny_data = ("DATASETS.TRAIN", ("tiny",), "DATASETS.TEST", ("tiny",), "OUTPUT_DIR", output)
+    return ["--config-file", str(CONFIGS / config), *flags, *toy_opts(*tiny_data, *opts)]
+
+
+def metrics(output):
+    lines = (output / "metrics.json").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def fails(capsys, argv, match):
+    """The run ends with exit status 2 and one sentence that matches."""
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert re.search(match, message), message
+    assert message.count("\n") == 0 and "Traceback" not in message
+
+
+@pytest.mark.parametrize("config", TRAINED)
+def test_every_config_trains_resumes_and_is_evaluated(config, tmp_path):
+    main(command(config, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1))
+    assert (tmp_path / "model_final.pth").exists()
+    main(command(config, tmp_path, "SOLVER.MAX_ITER", 3, flags=["--resume"]))
+    records = metrics(tmp_path)
+    assert max(r["iteration"] for r in records) == 2
+    assert all(r["total_loss"] < float("inf") for r in records if "total_loss" in r)
+    saved = (tmp_path / "config.yaml").read_bytes()
+    weights = str(tmp_path / "model_final.pth")
+    main(command(config, tmp_path, "MODEL.WEIGHTS", weights, flags=["--eval-only"]))
+    assert (tmp_path / "config.yaml").read_bytes() == saved
+    assert (tmp_path / "inference" / "coco_instances_results.json").exists()
+
+
+class TestOutputFolder:
+    def test_a_finished_run_is_not_overwritten_silently(self, tmp_path, capsys):
+        main(command(BASELINE, tmp_path, "SOLVER.MAX_ITER", 1))
+        before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+        fails(capsys, command(BASELINE, tmp_path), "holds a training run; give --resume")
+        after = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+        assert before == after
+
+    def test_overwrite_replaces_the_run_and_nothing_else(self, tmp_path):
+        main(command(BASELINE, tmp_path, "SOLVER.MAX_ITER", 1))
+        (tmp_path / "notes.txt").write_text("mine")
+        main(command(BASELINE, tmp_path, flags=["--overwrite"]))
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert [r["iteration"] for r in metrics(tmp_path) if "total_loss" in r] == [1]
+
+    def test_overwrite_with_bad_input_loses_nothing(self, tmp_path, capsys):
+        main(command(BASELINE, tmp_path, "SOLVER.MAX_ITER", 1))
+        fails(
+            capsys,
+            command(LIBRA, tmp_path, "MODEL.WEIGHTS", "nowhere.pth", flags=["--overwrite"]),
+            "'nowhere.pth' does not exist",
+        )
+        assert (tmp_path / "model_final.pth").exists()
+
+    def test_resume_and_overwrite_exclude_each_other(self, tmp_path, capsys):
+        flags = ["--resume", "--overwrite"]
+        fails(capsys, command(BASELINE, tmp_path, flags=flags), "exclude each other")
+
+    def test_must_be_a_folder(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        fails(capsys, command(BASELINE, tmp_path / "file"), "is not a folder")
+
+
+class TestBadInput:
+    """What is not in the config's own values; tests/test_config.py has those."""
+
+    @pytest.mark.parametrize(
+        ("opts", "match"),
+        [
+            (("MODEL.WEIGHTS", "nowhere.pth"), "MODEL.WEIGHTS 'nowhere.pth' does not exist"),
+            (("DATASETS.TRAIN", ("digit_train",)), "'digit_train' is not registered.*digits_train"),
+            (("DATASETS.TEST", ("coco_2017_vl",)), "'coco_2017_vl' is not registered"),
+            (("DATASETS.TEST", ("coco_2017_val",)), "instances_val2017.json does not exist"),
+            (("DATASETS.TEST", ("voc_2007_test",)), "VOC2007 does not exist"),
+            (("DATASETS.TRAIN", ()), "DATASETS.TRAIN is empty"),
+            (("MODEL.ROI_HEADS.NUM_CLASSES", 9), "NUM_CLASSES is 9 but data set 'tiny' has 10"),
+            (("MODEL.BFP.REFINE_LEVEL", 7), r"REFINE_LEVEL must be in \[0, 4\]"),
+            (("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_blanced"), "did you mean 'iou_balanced'"),
+            (("MODEL.BFP.FPN_BUILDER", "build_fpn"), "FPN_BUILDER 'build_fpn' does not exist"),
+            (("MODEL.BFP.REFINE_LEVL", "1"), "no key MODEL.BFP.REFINE_LEVL"),
+        ],
+    )
+    def test_is_one_sentence(self, opts, match, tmp_path, capsys):
+        output = tmp_path / "out"
+        fails(capsys, command(LIBRA, output, *opts), match)
+        assert not (output / "metrics.json").exists()
+
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            ("{", "is not valid json"),
+            ("[]", "is not COCO json"),
+            ('{"images": []}', "is not COCO json"),
+        ],
+    )
+    def test_annotations_that_are_not_coco_json(self, content, match, tmp_path, capsys):
+        file = tmp_path / "annotations.json"
+        file.write_text(content)
+        register_coco_instances("broken", {}, str(file), str(tmp_path))
+        try:
+            argv = command(LIBRA, tmp_path / "out", "DATASETS.TRAIN", ("broken",))
+            fails(capsys, argv, f"data set 'broken'.*{match}")
+        finally:
+            DatasetCatalog.remove("broken")
+            MetadataCatalog.remove("broken")
+
+    def test_no_config(self, capsys):
+        fails(capsys, [], "give a config with --config-file")
+
+    @pytest.mark.skipif(torch.cuda.device_count() > 6, reason="needs fewer GPUs")
+    def test_more_gpus_than_there_are(self, tmp_path, capsys):
+        argv = command(LIBRA, tmp_path, flags=["--num-gpus", "7"])
+        fails(capsys, argv, "--num-gpus 7: torch finds . GPUs")
+
+    def test_a_batch_that_cannot_be_divided(self, tmp_path, capsys):
+        flags = ["--num-gpus", "0", "--num-processes", "3"]
+        fails(capsys, command(LIBRA, tmp_path, flags=flags), "multiple of the 3 processes, got 2")
+
+    def test_from_the_shell_it_has_no_traceback(self, tmp_path):
+        """In the main process and, for what only building the model tells, in the others."""
+        for flags in ([], ["--num-gpus", "0", "--num-processes", "2"]):
+            argv = command(LIBRA, tmp_path, "MODEL.BFP.REFINE_LEVEL", 7, flags=flags)
+            result = run(argv, dataset="digits_val")
+            assert result.returncode == 2, result.stderr
+            assert result.stderr.count("REFINE_LEVEL must be in") == 1
+            assert "Traceback" not in result.stderr
+
+
+def run(argv, *, dataset, launcher=(sys.executable,)):
+    """Runs train_net.py in a process of its own, which does not know the tiny data set."""
+    data = ["DATASETS.TRAIN", f"('{dataset}',)", "DATASETS.TEST", "()"]
+    return subprocess.run(
+        [*launcher, str(ROOT / "train_net.py"), *argv, *data],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("torchrun", [False, True], ids=["launch", "torchrun"])
+def test_two_cpu_processes(torchrun, tmp_path):
+    """They train one model: both see every gradient, and one writes."""
+    if torchrun:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        launcher += ["--master-port", "29611"]
+        flags = ["--num-gpus", "0"]
+    else:
+        launcher, flags = [sys.executable], ["--num-gpus", "0", "--num-processes", "2"]
+    DatasetCatalog.get("digits_val")
+    result = run(command(LIBRA, tmp_path, flags=flags), dataset="digits_val", launcher=launcher)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "model_final.pth").exists() and (tmp_path / "log.txt.rank1").exists()
+    assert [r["iteration"] for r in metrics(tmp_path) if "total_loss" in r] == [1]
+
+
+def test_the_screen_shows_no_known_noise(tmp_path):
+    result = run(command(LIBRA, tmp_path), dataset="digits_val")
+    screen = result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr
+    for noise in ("Warning", "warn", "Environment info", "full config:", "deprecated", "is_fx"):
+        assert noise not in screen, screen
+    assert len(screen.splitlines()) < 60
+    log = (tmp_path / "log.txt").read_text()
+    assert "Environment info" in log and "Running with full config" in log
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "detectron2").exists(), reason="needs make's own .venv")
+def test_make_demo_at_a_tenth_of_its_length(tmp_path):
+    args = "SOLVER.MAX_ITER 60 TEST.EVAL_PERIOD 60 SOLVER.CHECKPOINT_PERIOD 60"
+    result = subprocess.run(
+        ["make", "demo", f"DEMO={tmp_path}", f"ARGS={args}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("model_final.pth", "metrics.json", "predictions.jpg", "training.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert list(Path(tmp_path).glob("events.out.tfevents*"))
+    assert "AP50" in result.stdout and "eta" in result.stdout
+    losses = [r["total_loss"] for r in metrics(tmp_path) if "total_loss" in r]
+    assert losses[-1] < losses[0]
+    assert any("roi_head/negative_iou_bin0" in r for r in metrics(tmp_path))

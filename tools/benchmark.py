@@ -1,0 +1,262 @@
+#!/usr/bin/env python
+"""Measures speed and memory, side by side in one run, and prints a table a topic (Markdown).
+
+python tools/benchmark.py                 # all, on the GPU if there is one
+python tools/benchmark.py samplers bfp    # some
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from libra_d2.quiet import silence_known_warnings
+
+silence_known_warnings()
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from libra_d2.engine import load_config
+from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
+from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measure(candidates: dict[str, Callable], repeats: int, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of each candidate; they take turns, so that all see the same machine."""
+    seconds = {name: [] for name in candidates}
+    for i in range(warmup + repeats):
+        for name, function in candidates.items():
+            synchronize()
+            start = time.perf_counter()
+            function()
+            synchronize()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def show(title: str, rows: list[tuple], headers: tuple[str, ...]) -> None:
+    print(f"\n### {title}\n")
+    print(tabulate(rows, headers, tablefmt="github", floatfmt=".3g"), flush=True)
+
+
+# ---- samplers
+
+
+def make_matches(num_images: int, num_positives: int) -> tuple[Tensor, Tensor, Tensor]:
+    """IoUs, ground-truth indices and mask of positives of 2,000 proposals an image."""
+    generator = torch.Generator().manual_seed(0)
+    ious = torch.rand(num_images, 2000, generator=generator) ** 3 * 0.5
+    ious[:, :num_positives] += 0.5
+    gt_indices = torch.randint(20, (num_images, 2000), generator=generator)
+    squeeze = (lambda x: x[0].to(DEVICE)) if num_images == 1 else (lambda x: x.to(DEVICE))
+    return squeeze(ious), squeeze(gt_indices), squeeze(ious >= 0.5)
+
+
+def sample_both(ious: Tensor, gt_indices: Tensor, positives: Tensor) -> None:
+    """Both Libra samplers: 512 samples, at most a quarter of them positive."""
+    num_positives = positives.sum(-1).clamp(max=128)
+    sample_instance_balanced_positives(gt_indices, positives, 128)
+    sample_iou_balanced_negatives(ious, ~positives, 512 - num_positives)
+
+
+def benchmark_samplers(repeats: int) -> None:
+    rows = []
+    for num_positives in (60, 400):
+        one, batch = (make_matches(n, num_positives) for n in (1, 16))
+        labels = torch.where(one[2], 0, 1)
+        seconds = measure(
+            {
+                "detectron2": partial(subsample_labels, labels, 512, 0.25, 1),
+                "one": partial(sample_both, *one),
+                "batch": partial(sample_both, *batch),
+            },
+            repeats=repeats * 20,
+        )
+        milliseconds = {name: 1000 * value for name, value in seconds.items()}
+        rows.append((num_positives, *milliseconds.values(), seconds["batch"] / seconds["one"]))
+    show(
+        f"Sampling 512 of 2,000 proposals ({DEVICE}, ms)",
+        rows,
+        (
+            "positives",
+            "random (detectron2)",
+            "both Libra samplers",
+            "16 images, one call",
+            "16 images / 1",
+        ),
+    )
+
+
+# ---- balanced feature pyramid
+
+
+class TextbookNonLocal2d(NonLocal2d):
+    """The same block with the matrix of attention weights in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta, phi, g = (conv(x).flatten(2) for conv in (self.theta, self.phi, self.g))
+        weights = (theta.transpose(1, 2) @ phi).softmax(dim=-1)
+        return x + self.conv_out((weights @ g.transpose(1, 2)).transpose(1, 2).reshape(x.shape))
+
+
+def make_bfp_step(textbook: bool) -> Callable[[], None]:
+    """Forward and backward of BFP with 256 channels and P4 of 50x84, that of 800x1333 pixels."""
+    torch.manual_seed(0)
+    bfp = BalancedFeaturePyramid(256, 5)
+    if textbook:
+        bfp.refine = TextbookNonLocal2d(256)
+    nn.init.normal_(bfp.refine.conv_out.weight, std=0.01)
+    bfp.to(DEVICE)
+    sizes = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
+    levels = [torch.randn(1, 256, *size, device=DEVICE, requires_grad=True) for size in sizes]
+
+    def step() -> None:
+        loss = sum(level.sum() for level in bfp(levels))
+        torch.autograd.grad(loss, [*levels, *bfp.parameters()])
+
+    return step
+
+
+def measure_peak(textbook: bool | None, queue) -> None:
+    """Puts the peak memory of one step, in MiB; None measures all but the block."""
+    step = make_bfp_step(bool(textbook))
+    if textbook is None:
+        step.__closure__[0].cell_contents.refine = nn.Identity()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else max_rss()
+    queue.put(peak)
+
+
+def max_rss() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def peak_memory(textbook: bool | None) -> float:
+    """Peak memory in a process of its own, since a process never forgets its peak."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=measure_peak, args=(textbook, queue))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+def benchmark_bfp(repeats: int) -> None:
+    steps = {"textbook": make_bfp_step(True), "libra_d2": make_bfp_step(False)}
+    seconds = measure(steps, repeats)
+    base = peak_memory(None)
+    extra = {"textbook": peak_memory(True) - base, "libra_d2": peak_memory(False) - base}
+    rows = [(name, 1000 * seconds[name], extra[name]) for name in steps]
+    rows.append(("ratio", *(rows[1][i] / rows[0][i] for i in (1, 2))))
+    show(
+        f"BFP with non-local block, P4 of 50x84, forward and backward ({DEVICE})",
+        rows,
+        ("form", "ms", "peak extra memory of the block, MiB"),
+    )
+
+
+# ---- training iteration
+
+
+def make_inputs(size: tuple[int, int], num_images: int, num_objects: int = 12) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for _ in range(num_images):
+        corner = torch.rand(num_objects, 2, generator=generator) * torch.tensor(size[::-1]) * 0.7
+        extent = torch.rand(num_objects, 2, generator=generator) * 250 + 20
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
+        instances.gt_boxes.clip(size)
+        instances.gt_classes = torch.randint(80, (num_objects,), generator=generator)
+        image = torch.rand(3, *size, generator=generator) * 255
+        inputs.append({"image": image, "instances": instances})
+    return inputs
+
+
+def make_iteration(config: str, inputs: list[dict], opts: tuple[str, ...] = ()) -> Callable:
+    """Forward and backward of a model with random weights, which no step changes."""
+    cfg = load_config(str(CONFIGS / config), ["MODEL.WEIGHTS", "", *opts])
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+
+    def iteration() -> None:
+        with EventStorage():
+            sum(model(inputs).values()).backward()
+        model.zero_grad()
+
+    return iteration
+
+
+def benchmark_iteration(repeats: int) -> None:
+    plain = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+    num_images = 2 if DEVICE == "cuda" else 1
+    inputs = make_inputs((800, 1216), num_images)
+    iterations = {
+        "Faster R-CNN (detectron2)": make_iteration("Base-RCNN-FPN.yaml", inputs, plain),
+        "Libra Faster R-CNN": make_iteration("Base-Libra-RCNN-FPN.yaml", inputs),
+    }
+    seconds = measure(iterations, repeats, warmup=1 if DEVICE == "cpu" else 5)
+    baseline = next(iter(seconds.values()))
+    show(
+        f"A training iteration, R50-FPN, {num_images} x 800x1216 ({DEVICE})",
+        [(name, value, value / baseline) for name, value in seconds.items()],
+        ("model", "s", "ratio"),
+    )
+
+
+BENCHMARKS = {
+    "samplers": benchmark_samplers,
+    "bfp": benchmark_bfp,
+    "iteration": benchmark_iteration,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none")
+    parser.add_argument("--repeats", type=int, default=15, help="the median is over so many")
+    args = parser.parse_args()
+    unknown = [name for name in args.what if name not in BENCHMARKS]
+    if unknown or args.repeats < 1:
+        parser.error(
+            f"there is no benchmark '{unknown[0]}'; there is {', '.join(BENCHMARKS)}"
+            if unknown
+            else f"--repeats must be at least 1, got {args.repeats}"
+        )
+    name = (
+        torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    print(f"torch {torch.__version__}, {DEVICE}: {name}")
+    for what in args.what or BENCHMARKS:
+        BENCHMARKS[what](args.repeats)
+
+
+if __name__ == "__main__":
+    main()
