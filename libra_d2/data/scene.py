@@ -10,7 +10,8 @@ __all__ = ["CLASSES", "Scene", "SceneMaker"]
 
 CLASSES = tuple(str(digit) for digit in range(10))
 
-# The long tail: each class is this much rarer than the next, so that 0 is a quarter as frequent as 9.
+# The long tail: each class is this much rarer than the next, so that 0 is a quarter as frequent
+# as 9.
 _TAIL = 0.86
 _CLASS_PROBABILITIES = _TAIL ** np.arange(9, -1, -1) / (_TAIL ** np.arange(10)).sum()
 _MIN_SIZE, _MAX_SIZE = 14, 150  # height of a digit before it is turned, in pixels
@@ -96,7 +97,7 @@ class SceneMaker:
 
     def _look_alike(self, rng: np.random.Generator) -> np.ndarray:
         """Something like a digit that is none: a cut, mirrored or merged one, or a letter."""
-        kind = rng.integers(4)
+        kind = rng.choice(4, p=(0.25, 0.25, 0.1, 0.4))
         if kind == 0:
             stencil = self._digit(rng.integers(10), rng).copy()
             half = (slice(0, 4), slice(4, 8))[rng.integers(2)]
