@@ -17,6 +17,8 @@ __all__ = ["add_libra_config", "check_config"]
 T = TypeVar("T")
 
 OPTIMIZERS = ("SGD", "AdamW")
+NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
 FRACTIONS = (
     "MODEL.RPN.POSITIVE_FRACTION",
@@ -24,11 +26,29 @@ FRACTIONS = (
     "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU",
     "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION",
 )
-# Which class reads this project's switches, and detectron2's own, which do not.
-READERS = {
-    "ROI": ("MODEL.ROI_HEADS.NAME", "LibraROIHeads"),
-    "RPN": ("MODEL.PROPOSAL_GENERATOR.NAME", "LibraRPN"),
-}
+MAX_IOU_BINS = 100
+AT_LEAST_ONE = (
+    "MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.MAX_ITER",
+)
+# What detectron2's own classes do not read: the key, its values that ask for nothing new, the key
+# of the class, and the class that reads it.
+NEW_SWITCHES = (
+    ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", ("random",), "MODEL.ROI_HEADS.NAME", "LibraROIHeads"),
+    ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", ("random",), "MODEL.ROI_HEADS.NAME", "LibraROIHeads"),
+    (
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
+        BOX_REG_LOSSES[:-1],
+        "MODEL.ROI_HEADS.NAME",
+        "LibraROIHeads",
+    ),
+    ("MODEL.RPN.NEGATIVE_POSITIVE_UB", (-1,), "MODEL.PROPOSAL_GENERATOR.NAME", "LibraRPN"),
+)
 DETECTRON2_CLASSES = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RPN")
 
 
@@ -86,7 +106,7 @@ def add_libra_config(cfg: CfgNode) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Checks the values of libra_d2's keys and of the fractions they work with.
+    """Checks the values of libra_d2's keys and of the numbers they work with.
 
     Names of samplers, builders and anything else that is registered are checked where they are
     looked up, when the model is built.
@@ -96,10 +116,15 @@ def check_config(cfg: CfgNode) -> None:
     """
     choose("MODEL.LIBRA.REFERENCE", cfg, REFERENCES)
     choose("SOLVER.OPTIMIZER", cfg, OPTIMIZERS)
+    choose("SOLVER.LR_SCHEDULER_NAME", cfg, LR_SCHEDULERS)
     choose("MODEL.BFP.REFINE_TYPE", cfg, REFINE_TYPES)
+    choose("MODEL.BFP.NORM", cfg, ("", *NORMS))
     for key in FRACTIONS:
         if not 0.0 <= get_key(cfg, key) <= 1.0:
             raise ValueError(f"{key} must be in [0, 1], got {get_key(cfg, key)}")
+    for key in AT_LEAST_ONE:
+        if get_key(cfg, key) < 1:
+            raise ValueError(f"{key} must be at least 1, got {get_key(cfg, key)}")
     bound = cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB
     if bound != -1 and bound < 1:
         raise ValueError(
@@ -110,35 +135,35 @@ def check_config(cfg: CfgNode) -> None:
 
 
 def _check_two_stage(cfg: CfgNode) -> None:
-    heads, box_head = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
+    choose("MODEL.RPN.BBOX_REG_LOSS_TYPE", cfg, BOX_REG_LOSSES[:-1])
     choose("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", cfg, BOX_REG_LOSSES)
+    num_bins = cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS
+    if num_bins > MAX_IOU_BINS:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS must be at most {MAX_IOU_BINS}, got {num_bins}"
+        )
     try:
-        check_balanced_l1(**balanced_l1_options(cfg, box_head))
+        check_balanced_l1(**balanced_l1_options(cfg, cfg.MODEL.ROI_BOX_HEAD))
     except ValueError as error:
         raise ValueError(f"MODEL.ROI_BOX_HEAD.BALANCED_L1: {error}") from None
-    if heads.IOU_BALANCED.NUM_BINS < 1:
-        raise ValueError(
-            "MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS must be at least 1, "
-            f"got {heads.IOU_BALANCED.NUM_BINS}"
-        )
-    if heads.IOU_BALANCED.FLOOR_IOU >= background_threshold(cfg):
+    for name in ("RPN", "ROI_HEADS"):
+        thresholds, labels = cfg.MODEL[name].IOU_THRESHOLDS, cfg.MODEL[name].IOU_LABELS
+        if len(labels) != len(thresholds) + 1:
+            raise ValueError(
+                f"MODEL.{name}.IOU_LABELS must be one more than the {len(thresholds)} "
+                f"IOU_THRESHOLDS, got {len(labels)}"
+            )
+    floor_iou = cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU
+    if floor_iou >= background_threshold(cfg):
         raise ValueError(
             "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU must be below the background threshold "
-            f"{background_threshold(cfg)}, got {heads.IOU_BALANCED.FLOOR_IOU}"
+            f"{background_threshold(cfg)}, got {floor_iou}"
         )
-    # A switch that the chosen class does not read would do nothing, silently.
-    needed_by = {
-        "MODEL.ROI_HEADS.POSITIVE_SAMPLER": heads.POSITIVE_SAMPLER != "random",
-        "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": heads.NEGATIVE_SAMPLER != "random",
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": box_head.BBOX_REG_LOSS_TYPE == "balanced_l1",
-        "MODEL.RPN.NEGATIVE_POSITIVE_UB": cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB != -1,
-    }
-    for key, is_on in needed_by.items():
-        reader, own = READERS["RPN" if "RPN" in key else "ROI"]
-        if is_on and get_key(cfg, reader) in DETECTRON2_CLASSES:
-            raise ValueError(
-                f"{key} {get_key(cfg, key)} needs {reader} {own}, got {get_key(cfg, reader)}"
-            )
+    for key, nothing_new, reader, needed in NEW_SWITCHES:
+        value, name = get_key(cfg, key), get_key(cfg, reader)
+        if value not in nothing_new and name in DETECTRON2_CLASSES:
+            # It would do nothing, silently.
+            raise ValueError(f"{key} {value} needs {reader} {needed}, got {name}")
 
 
 def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> T | str:

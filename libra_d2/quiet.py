@@ -4,6 +4,7 @@ To be called before detectron2 is imported; needs torch alone. Each is named by 
 that no other warning is lost.
 """
 
+import functools
 import logging
 import warnings
 
@@ -14,6 +15,7 @@ _WARNINGS = (
     r".*torch\.meshgrid: in an upcoming release",  # detectron2's anchors
     r".*This DataLoader will create \d+ worker processes",
     r".*broadcast_buffers.* is deprecated",  # detectron2's way to make DDP
+    r".*torch\.cuda\.amp\.(GradScaler|autocast)\(.*is deprecated",  # detectron2's AMPTrainer
     r".*'pin_memory' argument is set as true but no accelerator is found",
 )
 _LOG_MESSAGES = {
@@ -22,6 +24,7 @@ _LOG_MESSAGES = {
 }
 
 
+@functools.cache  # filters would pile up
 def silence_known_warnings() -> None:
     """Filters exactly the known warnings, in this process and those it forks."""
     for pattern in _WARNINGS:

@@ -109,7 +109,7 @@ def sample_iou_balanced_negatives(
     if not isinstance(high, Tensor) and not floor_iou < high:
         raise ValueError(f"floor_iou must be below the upper edge {high}, got {floor_iou}")
     above = candidates & (ious >= floor_iou)
-    wanted_above = _floor(wanted * (1 - floor_fraction))
+    wanted_above = wanted - _share(wanted, floor_fraction)
     bins = ((ious - floor_iou) * (num_bins / (high - floor_iou))).floor_()
     kept = _first_of_each_bin(bins, above, num_bins, wanted_above // num_bins, generator)
     kept = _top_up(kept, above, wanted_above, generator)
@@ -173,6 +173,8 @@ def sample_instance_balanced_positives(
     return _undo(order, kept)
 
 
+# Below any true fraction of a count: what of 0.3 * 10 is more than 3 is not counted.
+_EPSILON = 1e-6
 _GROUP_SHIFT = 42
 _NO_GROUP = 1 << 20
 
@@ -243,8 +245,11 @@ def _count_so_far(mask: Tensor) -> Tensor:
     return mask.cumsum(-1, dtype=torch.int32)
 
 
-def _floor(value: float | Tensor) -> int | Tensor:
-    return value.floor().int() if isinstance(value, Tensor) else math.floor(value)
+def _share(count: int | Tensor, fraction: float) -> int | Tensor:
+    """``count * fraction``, rounded up; in float64, so that an int and a tensor give the same."""
+    if isinstance(count, Tensor):
+        return (count.double() * fraction).sub_(_EPSILON).ceil_().int()
+    return math.ceil(count * fraction - _EPSILON)
 
 
 def _per_row(value: float | Tensor) -> float | Tensor:
@@ -268,7 +273,7 @@ def _check(candidates: Tensor, num_samples: int | Tensor, **others: Tensor) -> i
     if not isinstance(num_samples, Tensor):
         if num_samples < 0:
             raise ValueError(f"num_samples must not be negative, got {num_samples}")
-        return int(num_samples)
+        return min(int(num_samples), candidates.shape[-1])
     if num_samples.is_floating_point():
         raise ValueError(f"num_samples must be integers, got {num_samples.dtype}")
-    return num_samples.unsqueeze(-1).to(torch.int32)
+    return num_samples.unsqueeze(-1).clamp(max=candidates.shape[-1]).to(torch.int32)

@@ -49,7 +49,9 @@ def test_device_is_what_there_is_unless_given():
     [
         (["MODEL.BFP.REFINE_LEVL", 1], "no key MODEL.BFP.REFINE_LEVL.*'MODEL.BFP.REFINE_LEVEL'"),
         (["MODEL.BFP"], "pairs KEY VALUE"),
-        (["MODEL.BFP.REFINE_LEVEL", "high"], "override: .*MODEL.BFP.REFINE_LEVEL"),
+        (["MODEL.BFP.REFINE_LEVEL", "high"], "REFINE_LEVEL must be an int such as 2, got high"),
+        (["SOLVER.BASE_LR", 1], "SOLVER.BASE_LR must be a float such as 0.02, got 1"),
+        (["SOLVER.MAX_ITER", None], "SOLVER.MAX_ITER must be an int such as 40000, got None"),
         (["MODEL.LIBRA.REFERENCE", "mmdetection"], "did you mean 'mmdet'.*paper, mmdet"),
         (["MODEL.BFP.REFINE_TYPE", "nonlocal"], "did you mean 'non_local'"),
         (["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_11"], "did you mean 'balanced_l1'"),
@@ -63,6 +65,12 @@ def test_device_is_what_there_is_unless_given():
         (["MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS", 0], "NUM_BINS must be at least 1"),
         (["MODEL.RPN.NEGATIVE_POSITIVE_UB", 0], r"NEGATIVE_POSITIVE_UB must be -1 \(no bound\)"),
         (["SOLVER.OPTIMIZER", "Adam"], "did you mean 'AdamW'"),
+        (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"], "did you mean 'WarmupCosineLR'"),
+        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
+        (["SOLVER.MAX_ITER", -1], "SOLVER.MAX_ITER must be at least 1"),
+        (["MODEL.BFP.NORM", "XX"], "MODEL.BFP.NORM 'XX' does not exist"),
+        (["MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]], "ROI_HEADS.IOU_LABELS must be one more than"),
+        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA", 0.01], "gamma / alpha must be in"),
         (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "MODEL.ROI_HEADS.NAME.*LibraROIHeads"),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "NEGATIVE_POSITIVE_UB 5 needs.*LibraRPN"),
         (["MODEL.DEVICE", "gpu"], "a device of torch such as cuda or cpu, got 'gpu'"),
@@ -77,13 +85,18 @@ def test_bad_values_are_one_sentence(opts, match):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(ValueError, match="MODEL.DEVICE is cuda but torch finds no GPU"):
+    with pytest.raises(ValueError, match="MODEL.DEVICE is cuda but torch finds 0 GPUs"):
         load_config(str(CONFIGS / LIBRA), ["MODEL.DEVICE", "cuda"])
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
+        (
+            "OUTPUT_DIR: !!python/object/apply:os.getcwd []\n",
+            r"has the tag tag:yaml.org,2002:python/object/apply:os.getcwd \(line 1\)",
+        ),
+        ("_BASE_: bad.yaml\n", "_BASE_ leads back to itself"),
         ("MODEL: [unclosed\n", r"not valid yaml \(line 2\)"),
         ("- a\n- b\n", "not a mapping of config keys"),
         ("MODEL:\n  BPF:\n    NORM: BN\n", "there is no key MODEL.BPF.*'MODEL.BFP'"),

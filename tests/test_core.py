@@ -2,8 +2,29 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 CORE = ("sampling", "losses", "layers", "quiet")
+
+
+TESTS = Path(__file__).parent
+
+
+def test_cores_own_tests_pass_without_detectron2():
+    """One of each file, where importing detectron2 fails and nothing else is to be had."""
+    program = (
+        "import sys, pytest\n"
+        "sys.modules['detectron2'] = None\n"
+        f"files = [{str(TESTS)!r} + f'/test_{{n}}.py' for n in ('sampling', 'losses', 'layers')]\n"
+        "some = 'identity or references_agree or one_bin'\n"
+        "sys.exit(pytest.main(['-p', 'no:cacheprovider', '-k', some, *files]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=TESTS.parent
+    )
+    assert result.returncode == 0, result.stdout
+    assert "detectron2 is NOT installed" in result.stdout
+    assert "3 passed" in result.stdout
 
 
 def test_core_imports_without_detectron2():

@@ -103,20 +103,49 @@ class TestOutputFolder:
 
     def test_overwrite_with_bad_input_loses_nothing(self, tmp_path, capsys):
         main(command(BASELINE, tmp_path, "SOLVER.MAX_ITER", 1))
-        fails(
-            capsys,
-            command(LIBRA, tmp_path, "MODEL.WEIGHTS", "nowhere.pth", flags=["--overwrite"]),
-            "'nowhere.pth' does not exist",
-        )
-        assert (tmp_path / "model_final.pth").exists()
+        before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+        final = str(tmp_path / "model_final.pth")
+        for opts, match in (
+            (("MODEL.WEIGHTS", "nowhere.pth"), "'nowhere.pth' does not exist"),
+            (("MODEL.BFP.REFINE_LEVEL", 7), "REFINE_LEVEL must be in"),
+            (("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou"), "'iou' does not exist"),
+            (("MODEL.WEIGHTS", final), "--overwrite would remove '.*model_final.pth'"),
+        ):
+            fails(capsys, command(LIBRA, tmp_path, *opts, flags=["--overwrite"]), match)
+        argv = ["--config-file", str(tmp_path / "config.yaml"), "--overwrite"]
+        fails(capsys, argv, "--overwrite would remove '.*config.yaml'")
+        assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
 
     def test_resume_and_overwrite_exclude_each_other(self, tmp_path, capsys):
         flags = ["--resume", "--overwrite"]
         fails(capsys, command(BASELINE, tmp_path, flags=flags), "exclude each other")
 
-    def test_must_be_a_folder(self, tmp_path, capsys):
+    @pytest.mark.parametrize("name", ["file", "file/below"])
+    def test_must_be_a_folder(self, name, tmp_path, capsys):
         (tmp_path / "file").write_text("")
-        fails(capsys, command(BASELINE, tmp_path / "file"), "is not a folder")
+        fails(capsys, command(BASELINE, tmp_path / name), "OUTPUT_DIR must be a folder")
+
+    def test_a_run_without_its_last_checkpoint_is_not_resumed(self, tmp_path, capsys):
+        (tmp_path / "metrics.json").write_text("")
+        argv = command(BASELINE, tmp_path, flags=["--resume"])
+        fails(capsys, argv, "no last_checkpoint to resume from")
+
+    def test_a_broken_last_checkpoint_leaves_the_run_as_it_is(self, tmp_path, capsys):
+        (tmp_path / "last_checkpoint").write_text("model_0.pth")
+        (tmp_path / "model_0.pth").write_text("broken")
+        argv = command(BASELINE, tmp_path, flags=["--resume"])
+        fails(capsys, argv, "the last checkpoint '.*model_0.pth' is not a checkpoint")
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["last_checkpoint", "model_0.pth"]
+
+
+ANNOTATION = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}
+
+
+def coco(**changes):
+    """A COCO annotation file, but for the changes a good one."""
+    image = {"id": 1, "file_name": "a.jpg", "height": 9, "width": 9}
+    content = {"images": [image], "categories": [{"id": 1, "name": "a"}]}
+    return json.dumps({**content, "annotations": [ANNOTATION], **changes})
 
 
 class TestBadInput:
@@ -131,6 +160,11 @@ class TestBadInput:
             (("DATASETS.TEST", ("coco_2017_val",)), "instances_val2017.json does not exist"),
             (("DATASETS.TEST", ("voc_2007_test",)), "VOC2007 does not exist"),
             (("DATASETS.TRAIN", ()), "DATASETS.TRAIN is empty"),
+            (("MODEL.ROI_HEADS.NAME", "LibraROIHead"), "did you mean 'LibraROIHeads'"),
+            (("MODEL.META_ARCHITECTURE", "LibraRCNN"), "META_ARCHITECTURE 'LibraRCNN' does not"),
+            (("MODEL.WEIGHTS", __file__), "is not a checkpoint of a torch model"),
+            (("MODEL.FPN.NORM", "XX"), "no model can be built from this config: KeyError: 'XX'"),
+            (("MODEL.MASK_ON", True), "lacks 'segmentation' in number 0 of its annotations"),
             (("MODEL.ROI_HEADS.NUM_CLASSES", 9), "NUM_CLASSES is 9 but data set 'tiny' has 10"),
             (("MODEL.BFP.REFINE_LEVEL", 7), r"REFINE_LEVEL must be in \[0, 4\]"),
             (("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_blanced"), "did you mean 'iou_balanced'"),
@@ -141,7 +175,7 @@ class TestBadInput:
     def test_is_one_sentence(self, opts, match, tmp_path, capsys):
         output = tmp_path / "out"
         fails(capsys, command(LIBRA, output, *opts), match)
-        assert not (output / "metrics.json").exists()
+        assert not output.exists()
 
     @pytest.mark.parametrize(
         ("content", "match"),
@@ -149,6 +183,13 @@ class TestBadInput:
             ("{", "is not valid json"),
             ("[]", "is not COCO json"),
             ('{"images": []}', "is not COCO json"),
+            ('{"images": [], "categories": []}', "the lists images, categories, annotations"),
+            (coco(annotations=[]), "has no images, no categories or no annotations"),
+            (coco(images=[{"id": 1}]), "lacks 'file_name' in number 0 of its images"),
+            (coco(annotations=[{**ANNOTATION, "image_id": 9}]), "unknown image_id 9"),
+            (coco(annotations=[{**ANNOTATION, "category_id": 9}]), "unknown category_id 9"),
+            (coco(annotations=[{**ANNOTATION, "bbox": [1, 2, 3]}]), "bbox is not four numbers"),
+            (coco(annotations=[ANNOTATION, ANNOTATION]), "two annotations of the same id"),
         ],
     )
     def test_annotations_that_are_not_coco_json(self, content, match, tmp_path, capsys):
@@ -162,13 +203,39 @@ class TestBadInput:
             DatasetCatalog.remove("broken")
             MetadataCatalog.remove("broken")
 
+    def test_an_evaluator_that_there_is_not(self, tmp_path, capsys):
+        DatasetCatalog.register("odd", list)
+        MetadataCatalog.get("odd").evaluator_type = "panoptic"
+        try:
+            argv = command(LIBRA, tmp_path / "out", "DATASETS.TEST", ("odd",))
+            fails(capsys, argv, "evaluator_type 'panoptic'.*coco, lvis, pascal_voc")
+        finally:
+            DatasetCatalog.remove("odd")
+            MetadataCatalog.remove("odd")
+
+    def test_weights_of_another_model(self, tmp_path, capsys):
+        torch.save({"model": {"head.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+        for flags in ((), ("--eval-only",)):
+            argv = command(
+                LIBRA, tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "other.pth", flags=flags
+            )
+            fails(capsys, argv, "has no weights for this model")
+
+    def test_evaluation_without_weights(self, tmp_path, capsys):
+        argv = command(LIBRA, tmp_path, flags=["--eval-only"])
+        fails(capsys, argv, "MODEL.WEIGHTS is empty; name the checkpoint")
+
+    def test_cpu_processes_and_gpus(self, tmp_path, capsys):
+        argv = command(LIBRA, tmp_path, flags=["--num-processes", "2"])
+        fails(capsys, argv, "give --num-gpus 0 with it")
+
     def test_no_config(self, capsys):
         fails(capsys, [], "give a config with --config-file")
 
     @pytest.mark.skipif(torch.cuda.device_count() > 6, reason="needs fewer GPUs")
     def test_more_gpus_than_there_are(self, tmp_path, capsys):
         argv = command(LIBRA, tmp_path, flags=["--num-gpus", "7"])
-        fails(capsys, argv, "--num-gpus 7: torch finds . GPUs")
+        fails(capsys, argv, "7 GPUs are asked for and torch finds")
 
     def test_a_batch_that_cannot_be_divided(self, tmp_path, capsys):
         flags = ["--num-gpus", "0", "--num-processes", "3"]
@@ -184,22 +251,22 @@ class TestBadInput:
             assert "Traceback" not in result.stderr
 
 
-def run(argv, *, dataset, launcher=(sys.executable,)):
-    """Runs train_net.py in a process of its own, which does not know the tiny data set."""
+def run(argv, *, dataset, launcher=(sys.executable,), program=ROOT / "train_net.py"):
+    """Runs a program in a process of its own, which does not know the tiny data set."""
     data = ["DATASETS.TRAIN", f"('{dataset}',)", "DATASETS.TEST", "()"]
     return subprocess.run(
-        [*launcher, str(ROOT / "train_net.py"), *argv, *data],
+        [*launcher, str(program), *argv, *data],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
 
 
 @pytest.mark.parametrize("torchrun", [False, True], ids=["launch", "torchrun"])
 def test_two_cpu_processes(torchrun, tmp_path):
-    """They train one model: both see every gradient, and one writes."""
+    """They train one model, from gradients of both, and one writes."""
     if torchrun:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         launcher += ["--master-port", "29611"]
@@ -211,6 +278,39 @@ def test_two_cpu_processes(torchrun, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "model_final.pth").exists() and (tmp_path / "log.txt.rank1").exists()
     assert [r["iteration"] for r in metrics(tmp_path) if "total_loss" in r] == [1]
+
+
+TWO_RANKS = """
+import sys, torch
+from pathlib import Path
+from types import SimpleNamespace
+from detectron2.utils import comm
+from libra_d2 import data, modeling
+from libra_d2.engine import LibraTrainer, launch, load_config
+
+def work(cfg, output):
+    torch.manual_seed(comm.get_rank())
+    trainer = LibraTrainer(cfg)
+    trainer.train()
+    torch.save(trainer.model.module.state_dict(), f"{output}/{comm.get_rank()}.pth")
+
+if __name__ == "__main__":
+    output, config, *opts = sys.argv[1:]
+    args = SimpleNamespace(num_gpus=0, num_processes=2, num_machines=1, machine_rank=0, dist_url="")
+    launch(work, args, "cpu", (load_config(config, opts), output))
+"""
+
+
+def test_two_cpu_processes_hold_the_same_weights(tmp_path):
+    """They start from other weights and see other images: only DDP makes them agree."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    _, config, *opts = command(LIBRA, tmp_path, "SOLVER.BASE_LR", 0.01, "SEED", -1)
+    result = run([str(tmp_path), config, *opts], dataset="digits_val", program=script)
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert len(first) > 100
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_screen_shows_no_known_noise(tmp_path):

@@ -223,6 +223,17 @@ class TestIouBalanced:
         assert (kept[:, :12].sum(-1) == below).all()
         assert (kept.sum(-1) == num_samples).all()
 
+    @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+    @pytest.mark.parametrize("num_samples", [10, 31])
+    def test_floor_takes_its_fraction_rounded_up(self, fraction, num_samples, generator):
+        """The same for an int and a tensor."""
+        ious = torch.linspace(0, 0.49, 300)
+        for count in (num_samples, torch.tensor(num_samples)):
+            kept = sample_iou_balanced_negatives(
+                ious, ious >= 0, count, floor_iou=0.2, floor_fraction=fraction, generator=generator
+            )
+            assert kept[ious < 0.2].sum() == -(-round(num_samples * fraction * 10) // 10)
+
     def test_all_ious_zero(self, generator):
         kept = sample_iou_balanced_negatives(
             torch.zeros(50), torch.ones(50).bool(), 10, iou_range=(0.0, torch.tensor(0.0))

@@ -28,7 +28,8 @@ def read_metrics(path: Path) -> list[dict]:
         records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except ValueError:
         raise ValueError(f"'{path}' is not detectron2's metrics.json, one object a line") from None
-    if not records or not all(isinstance(r, dict) and "iteration" in r for r in records):
+    is_record = lambda r: isinstance(r, dict) and isinstance(r.get("iteration"), int)  # noqa: E731
+    if not records or not all(map(is_record, records)):
         raise ValueError(f"'{path}' holds no metrics of training iterations")
     return records
 
@@ -58,9 +59,13 @@ def draw(records: list[dict], output: Path) -> None:
     labels = {name: f"IoU bin {name.rsplit('bin')[-1]}" for name in bins}
     plot(sampled, records, labels, "share of the sampled negatives")
     figure.tight_layout()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=110)
+    except OSError as error:
+        raise ValueError(f"'{output}' cannot be written: {error.strerror}") from error
+    finally:
+        plt.close(figure)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ python tools/benchmark.py samplers bfp    # some
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -121,13 +120,18 @@ class TextbookNonLocal2d(NonLocal2d):
         return x + self.conv_out((weights @ g.transpose(1, 2)).transpose(1, 2).reshape(x.shape))
 
 
-def make_bfp_step(textbook: bool) -> Callable[[], None]:
+BLOCKS = {
+    "textbook": TextbookNonLocal2d,
+    "libra_d2": NonLocal2d,
+    "no block": lambda channels: nn.Identity(),
+}
+
+
+def make_bfp_step(block: str) -> Callable[[], None]:
     """Forward and backward of BFP with 256 channels and P4 of 50x84, that of 800x1333 pixels."""
     torch.manual_seed(0)
-    bfp = BalancedFeaturePyramid(256, 5)
-    if textbook:
-        bfp.refine = TextbookNonLocal2d(256)
-    nn.init.normal_(bfp.refine.conv_out.weight, std=0.01)
+    bfp = BalancedFeaturePyramid(256, 5, refine_type="none")
+    bfp.refine = BLOCKS[block](256)
     bfp.to(DEVICE)
     sizes = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
     levels = [torch.randn(1, 256, *size, device=DEVICE, requires_grad=True) for size in sizes]
@@ -139,27 +143,20 @@ def make_bfp_step(textbook: bool) -> Callable[[], None]:
     return step
 
 
-def measure_peak(textbook: bool | None, queue) -> None:
-    """Puts the peak memory of one step, in MiB; None measures all but the block."""
-    step = make_bfp_step(bool(textbook))
-    if textbook is None:
-        step.__closure__[0].cell_contents.refine = nn.Identity()
+def put_peak_memory(block: str, queue: multiprocessing.Queue) -> None:
+    make_bfp_step(block)()
     if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    step()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else max_rss()
-    queue.put(peak)
+        queue.put(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        status = Path("/proc/self/status").read_text()
+        queue.put(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
 
 
-def max_rss() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def peak_memory(textbook: bool | None) -> float:
-    """Peak memory in a process of its own, since a process never forgets its peak."""
+def peak_memory(block: str) -> float:
+    """Peak memory of a step in MiB, in a process of its own, since a process keeps its peak."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measure_peak, args=(textbook, queue))
+    process = context.Process(target=put_peak_memory, args=(block, queue))
     process.start()
     peak = queue.get()
     process.join()
@@ -167,11 +164,11 @@ def peak_memory(textbook: bool | None) -> float:
 
 
 def benchmark_bfp(repeats: int) -> None:
-    steps = {"textbook": make_bfp_step(True), "libra_d2": make_bfp_step(False)}
-    seconds = measure(steps, repeats)
-    base = peak_memory(None)
-    extra = {"textbook": peak_memory(True) - base, "libra_d2": peak_memory(False) - base}
-    rows = [(name, 1000 * seconds[name], extra[name]) for name in steps]
+    names = ("textbook", "libra_d2")
+    seconds = measure({name: make_bfp_step(name) for name in names}, repeats)
+    base = peak_memory("no block")
+    extra = {name: peak_memory(name) - base for name in names}
+    rows = [(name, 1000 * seconds[name], extra[name]) for name in names]
     rows.append(("ratio", *(rows[1][i] / rows[0][i] for i in (1, 2))))
     show(
         f"BFP with non-local block, P4 of 50x84, forward and backward ({DEVICE})",

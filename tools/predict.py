@@ -48,18 +48,25 @@ def make_parser() -> argparse.ArgumentParser:
 def read_records(args: argparse.Namespace) -> list[dict]:
     """detectron2's dataset dicts of the images to draw; of plain images, their file name alone."""
     if args.images:
-        missing = [name for name in args.images if not Path(name).is_file()]
-        if missing:
-            raise ValueError(f"image '{missing[0]}' does not exist")
+        for name in args.images:
+            if not cv2.haveImageReader(name):
+                raise ValueError(f"'{name}' does not exist or is not an image")
         return [{"file_name": name} for name in args.images]
     return DatasetCatalog.get(args.dataset)[: args.num_images]
+
+
+def write(sheet: np.ndarray, output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output '{output}': {error.strerror}") from error
+    if output.is_dir() or not cv2.imwrite(str(output), sheet):
+        raise ValueError(f"--output '{output}' cannot be written")
 
 
 def draw(record: dict, predictor: DefaultPredictor) -> list[np.ndarray]:
     """The tiles (H, W, 3) BGR of an image: the ground truth, if it has one, and the predictions."""
     image = cv2.imread(record["file_name"])
-    if image is None:
-        raise ValueError(f"'{record['file_name']}' is not an image")
     # Labels are drawn at a readable size whatever the image's.
     scale = 640 / max(image.shape[:2])
     make_visualizer = lambda: Visualizer(image[:, :, ::-1], predictor.metadata, scale)  # noqa: E731
@@ -94,14 +101,18 @@ def prepare(args: argparse.Namespace) -> CfgNode:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if not 0 <= args.score_threshold <= 1:
         raise ValueError(f"--score-threshold must be in [0, 1], got {args.score_threshold}")
+    if Path(args.output).resolve() in [Path(name).resolve() for name in args.images or ()]:
+        raise ValueError(f"--output '{args.output}' is one of the images; it would be lost")
     if Path(args.output).suffix not in (".jpg", ".png"):
         raise ValueError(f"--output must end in .jpg or .png, got '{args.output}'")
     threshold = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(args.score_threshold)]
     cfg = load_config(args.config_file, [*threshold, *args.opts]).clone()
     cfg.defrost()
-    if args.dataset:
-        cfg.DATASETS.TEST = (args.dataset,)
-    check_run(cfg, eval_only=True, resume=False, overwrite=False)
+    # Plain images need no data set; if it is there, its class names are drawn.
+    metadata_of = cfg.DATASETS.TEST
+    cfg.DATASETS.TEST = (args.dataset,) if args.dataset else ()
+    check_run(cfg, eval_only=True)
+    cfg.DATASETS.TEST = cfg.DATASETS.TEST or metadata_of
     return cfg
 
 
@@ -111,10 +122,10 @@ def main() -> None:
     with one_sentence_errors(parser.prog):
         cfg = prepare(args)
         records = read_records(args)
-        predictor = DefaultPredictor(cfg)
-        images = [draw(record, predictor) for record in tqdm(records, unit="image")]
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(args.output, make_sheet(images, args.columns))
+    predictor = DefaultPredictor(cfg)
+    images = [draw(record, predictor) for record in tqdm(records, unit="image")]
+    with one_sentence_errors(parser.prog):
+        write(make_sheet(images, min(args.columns, len(images))), Path(args.output))
     print(f"wrote {args.output}")
 
 

@@ -60,8 +60,7 @@ def register_digits() -> None:
 
 
 def _load(name: str, split: Split, folder: Path) -> list[dict]:
-    if not folder.exists():
-        make_digits(split, folder)
+    make_digits(split, folder)
     return load_coco_json(str(folder / "annotations.json"), str(folder / "images"), name)
 
 
@@ -70,19 +69,25 @@ def make_digits(split: Split, folder: Path) -> None:
 
     Args:
         split: what to draw.
-        folder: where to; nothing happens if it exists. Its parent is made if missing.
+        folder: where to; nothing happens if it holds a split. Its parent is made if missing.
     """
+    if (folder / "annotations.json").exists():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may want the data at once: one draws, the others wait.
     with file_lock(str(folder)):
-        if folder.exists():
+        if (folder / "annotations.json").exists():
             return
         partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         (partial / "images").mkdir(parents=True)
-        annotations = _draw(split, partial / "images", title=f"drawing {folder}")
-        (partial / "annotations.json").write_text(json.dumps(annotations))
-        partial.rename(folder)
+        try:
+            annotations = _draw(split, partial / "images", title=f"drawing {folder}")
+            (partial / "annotations.json").write_text(json.dumps(annotations))
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _draw(split: Split, images: Path, title: str) -> dict:
@@ -92,7 +97,9 @@ def _draw(split: Split, images: Path, title: str) -> dict:
         # Each image has a seed of its own, so that it does not depend on those before it.
         scene = maker.make(np.random.default_rng((split.seed, image_id)))
         file_name = f"{image_id:06d}.jpg"
-        cv2.imwrite(str(images / file_name), scene.image, [cv2.IMWRITE_JPEG_QUALITY, 92])
+        path = str(images / file_name)
+        if not cv2.imwrite(path, scene.image, [cv2.IMWRITE_JPEG_QUALITY, 92]):
+            raise OSError(f"{path} could not be written")
         coco.add(image_id, file_name, scene)
     return coco.as_dict()
 

@@ -1,35 +1,36 @@
 """Checks before a run: whatever would make it fail later is one clear sentence now."""
 
-import json
-import os
 from pathlib import Path
 from urllib.parse import urlparse
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
+    build_model,
 )
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
-from ..config import choose, get_key, suggest
-from ..data.digits import SPLITS
+from libra_d2.config import choose, get_key
+from libra_d2.data.checks import check_dataset
+
+from .trainer import choose_evaluator
 
 __all__ = ["check_run", "remove_run"]
 
-_REGISTRIES = {
-    "MODEL.META_ARCHITECTURE": META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": ROI_BOX_HEAD_REGISTRY,
-}
-# detectron2's names for "none".
-_NO_OBJECT = ("", "PrecomputedProposals")
+# The names they hold, and detectron2's for "none".
+_REGISTRIES = (
+    ("MODEL.META_ARCHITECTURE", META_ARCH_REGISTRY, None),
+    ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, None),
+    ("MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY, "PrecomputedProposals"),
+    ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, None),
+    ("MODEL.ROI_BOX_HEAD.NAME", ROI_BOX_HEAD_REGISTRY, ""),
+)
 # What a training run leaves in its output folder.
 _RUN_FILES = (
     "config.yaml",
@@ -40,17 +41,26 @@ _RUN_FILES = (
     "model_*.pth",
     "inference/*",
 )
-# Larger annotation files are not read twice.
-_MAX_BYTES_TO_CHECK = 64 * 2**20
+# By which of them a run is known.
+_RUN_MARKS = ("last_checkpoint", "metrics.json", "model_*.pth")
 
 
 def check_run(
-    cfg: CfgNode, *, eval_only: bool, resume: bool, overwrite: bool, num_processes: int = 1
+    cfg: CfgNode,
+    *,
+    config_file: str = "",
+    eval_only: bool,
+    resume: bool = False,
+    overwrite: bool = False,
+    num_processes: int = 1,
 ) -> None:
-    """Checks names, data sets, weights and the output folder; draws embedded data sets if needed.
+    """Checks names, data sets, weights, the output folder, and that the model can be built.
+
+    Embedded data sets that the run needs are drawn. Nothing else is written.
 
     Args:
         cfg: the run's config.
+        config_file: where it was read from.
         eval_only: whether it only evaluates, so that the training data does not matter.
         resume: whether it may go on with what is in the output folder.
         overwrite: whether it may replace that.
@@ -59,96 +69,116 @@ def check_run(
     Raises:
         ValueError: naming what is wrong and what would be right.
     """
-    for key, registry in _REGISTRIES.items():
-        if get_key(cfg, key) not in _NO_OBJECT:
+    for key, registry, none in _REGISTRIES:
+        if get_key(cfg, key) != none:
             choose(key, cfg, dict(registry))
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if not eval_only and cfg.SOLVER.IMS_PER_BATCH % num_processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of the {num_processes} processes, "
-            f"got {cfg.SOLVER.IMS_PER_BATCH}"
-        )
     output = Path(cfg.OUTPUT_DIR)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"OUTPUT_DIR '{output}' is not a folder")
-    has_checkpoint = (output / "last_checkpoint").exists()
-    if not eval_only and not resume and not overwrite and _has_run(output):
-        raise ValueError(
-            f"OUTPUT_DIR '{output}' holds a training run; give --resume to go on with it, "
-            "--overwrite to replace it, or another OUTPUT_DIR"
-        )
-    if not (resume and has_checkpoint):
-        _check_weights(cfg.MODEL.WEIGHTS)
-    if not eval_only and not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty; name a registered data set")
-    for name in dict.fromkeys((*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)):
-        _check_dataset(name, cfg)
+    _check_folder(output)
+    if not eval_only:
+        _check_training(cfg, num_processes)
+        _check_run_in(output, resume, overwrite, inputs=(config_file, cfg.MODEL.WEIGHTS))
+    _check_datasets(cfg, eval_only)
+    try:
+        model = build_model(cfg)
+    except ValueError:
+        raise
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"no model can be built from this config: {what}") from error
+    last = output / "last_checkpoint"
+    if resume and last.exists():
+        _check_weights(str(output / last.read_text().strip()), model, "the last checkpoint")
+    else:
+        if eval_only and not cfg.MODEL.WEIGHTS:
+            raise ValueError("MODEL.WEIGHTS is empty; name the checkpoint to evaluate")
+        _check_weights(cfg.MODEL.WEIGHTS, model, "MODEL.WEIGHTS")
 
 
 def remove_run(output: Path) -> None:
     """Removes the files of a training run from its output folder, and nothing else."""
-    for pattern in _RUN_FILES:
-        for file in output.glob(pattern):
-            if file.is_file():
-                file.unlink()
+    for file in _run_files(output):
+        file.unlink()
 
 
-def _has_run(output: Path) -> bool:
-    return any((output / name).exists() for name in ("last_checkpoint", "metrics.json")) or any(
-        output.glob("model_*.pth")
-    )
+def _run_files(output: Path) -> list[Path]:
+    return [file for pattern in _RUN_FILES for file in output.glob(pattern) if file.is_file()]
 
 
-def _check_weights(weights: str) -> None:
-    url = urlparse(weights)
-    if weights and not url.scheme and not PathManager.isfile(url.path):
-        raise ValueError(f"MODEL.WEIGHTS '{weights}' does not exist")
+def _check_folder(output: Path) -> None:
+    existing = output
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or str(output) in ("", "."):
+        raise ValueError(f"OUTPUT_DIR must be a folder of its own, got '{output}'")
 
 
-def _check_dataset(name: str, cfg: CfgNode) -> None:
-    if name not in DatasetCatalog.list():
+def _check_training(cfg: CfgNode, num_processes: int) -> None:
+    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
         raise ValueError(
-            f"data set '{name}' is not registered{suggest(name, DatasetCatalog.list())}; "
-            "register your own with detectron2.data.datasets.register_coco_instances"
+            f"SOLVER.IMS_PER_BATCH must be a multiple of the {num_processes} processes, "
+            f"got {cfg.SOLVER.IMS_PER_BATCH}"
         )
-    metadata = MetadataCatalog.get(name)
-    if name in SPLITS and not os.path.exists(metadata.json_file):
-        DatasetCatalog.get(name)  # draws it
-    for kind in ("json_file", "image_root", "dirname"):
-        path = metadata.get(kind)
-        if path and not PathManager.exists(path):
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty; name a registered data set")
+
+
+def _check_run_in(output: Path, resume: bool, overwrite: bool, inputs: tuple[str, ...]) -> None:
+    """Checks that no run in the output folder is lost unasked, nor what the new one reads."""
+    files = _run_files(output)
+    if any(file.match(mark) for mark in _RUN_MARKS for file in files) and not overwrite:
+        if not resume:
             raise ValueError(
-                f"data set '{name}': {path} does not exist; DETECTRON2_DATASETS names the folder "
-                f"of the data sets (now '{os.getenv('DETECTRON2_DATASETS', 'datasets')}')"
+                f"OUTPUT_DIR '{output}' holds a training run; give --resume to go on with it, "
+                "--overwrite to replace it, or another OUTPUT_DIR"
             )
-    classes = metadata.get("thing_classes")
-    if metadata.get("json_file"):
-        classes = _check_coco_json(name, metadata) or classes
+        if not (output / "last_checkpoint").exists():
+            raise ValueError(
+                f"OUTPUT_DIR '{output}' holds a training run but no last_checkpoint to resume "
+                "from; give --overwrite to replace it, or another OUTPUT_DIR"
+            )
+    if overwrite:
+        lost = {file.resolve() for file in files}
+        for path in inputs:
+            if path and Path(path).resolve() in lost:
+                raise ValueError(
+                    f"--overwrite would remove '{path}', which this run reads; copy it elsewhere "
+                    "or give another OUTPUT_DIR"
+                )
+
+
+def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
     key = "RETINANET" if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else "ROI_HEADS"
-    num_classes = cfg.MODEL[key].NUM_CLASSES
-    if classes and num_classes < len(classes):
-        raise ValueError(
-            f"MODEL.{key}.NUM_CLASSES is {num_classes} but data set '{name}' has {len(classes)} "
-            "categories; it must be at least that"
-        )
+    classes = {
+        "num_classes": cfg.MODEL[key].NUM_CLASSES,
+        "num_classes_key": f"MODEL.{key}.NUM_CLASSES",
+    }
+    fields = ("segmentation",) * cfg.MODEL.MASK_ON + ("keypoints",) * cfg.MODEL.KEYPOINT_ON
+    for name in () if eval_only else cfg.DATASETS.TRAIN:
+        check_dataset(name, for_training=True, fields=fields, **classes)
+    for name in cfg.DATASETS.TEST:
+        check_dataset(name, for_training=False, **classes)
+        choose_evaluator(name)
 
 
-def _check_coco_json(name: str, metadata: Metadata) -> list | None:
-    """Checks the annotation file; returns its categories, or None if it is too large to read."""
-    path = PathManager.get_local_path(metadata.json_file)
-    if os.path.getsize(path) > _MAX_BYTES_TO_CHECK:
-        return None
+def _check_weights(weights: str, model: nn.Module, name: str) -> None:
+    """Checks that a file of weights is there, can be read, and has something for the model."""
+    url = urlparse(weights)
+    if not weights or url.scheme:
+        return
+    if not PathManager.isfile(url.path):
+        raise ValueError(f"{name} '{weights}' does not exist or is not a file")
+    if url.path.endswith(".pkl") or "matching_heuristics" in url.query:
+        return  # detectron2 matches its names
     try:
-        content = json.loads(Path(path).read_text())
-    except ValueError:
-        raise ValueError(f"data set '{name}': {path} is not valid json") from None
-    wanted = ("images", "categories")
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(part), list) for part in wanted
-    ):
-        raise ValueError(
-            f"data set '{name}': {path} is not COCO json, an object with the lists images, "
-            "annotations and categories"
-        )
-    return content["categories"]
+        checkpoint = torch.load(url.path, map_location="cpu", weights_only=True)
+        state = checkpoint.get("model", checkpoint)
+        shapes = {key: value.shape for key, value in state.items() if hasattr(value, "shape")}
+    except Exception as error:
+        raise ValueError(f"{name} '{weights}' is not a checkpoint of a torch model") from error
+    if checkpoint.get("matching_heuristics"):
+        return
+    own = model.state_dict()
+    if not any(shapes.get(key) == value.shape for key, value in own.items()):
+        raise ValueError(f"{name} '{weights}' has no weights for this model: no name and shape fit")

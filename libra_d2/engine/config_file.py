@@ -4,13 +4,14 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from ..config import add_libra_config, check_config, suggest
+from libra_d2.config import add_libra_config, check_config, get_key, suggest
 
 __all__ = ["load_config"]
 
@@ -37,13 +38,18 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         path = Path(config_file)
         others = [str(file) for file in path.parent.glob("*.yaml")]
         raise ValueError(f"config file '{config_file}' does not exist{suggest(str(path), others)}")
+    defaults = cfg.clone()
     with _one_sentence(cfg, f"config file '{config_file}'"):
-        cfg.merge_from_file(config_file)
+        # Unsafe yaml, which detectron2 would allow, runs any code that a file names.
+        cfg.merge_from_file(config_file, allow_unsafe=False)
     opts = list(opts)
     if len(opts) % 2:
         raise ValueError(f"overrides must be pairs KEY VALUE, got {' '.join(opts)}")
     with _one_sentence(cfg, "override"):
         cfg.merge_from_list(opts)
+    for key, default in _values(defaults):
+        if default is not None and get_key(cfg, key) is None:
+            raise ValueError(f"{key} must be {_article(default)}, got None")
     check_config(cfg)
     _settle_device(cfg)
     cfg.freeze()
@@ -60,9 +66,10 @@ def _settle_device(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.DEVICE must be a device of torch such as cuda or cpu, got '{cfg.MODEL.DEVICE}'"
         ) from None
-    if device.type == "cuda" and not has_gpu:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds no GPU; use MODEL.DEVICE cpu"
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds {torch.cuda.device_count()} GPUs; "
+            "use MODEL.DEVICE cpu where there is none"
         )
     if device.type != "cuda" and cfg.SOLVER.AMP.ENABLED:
         raise ValueError(f"SOLVER.AMP.ENABLED needs a GPU; MODEL.DEVICE is {cfg.MODEL.DEVICE}")
@@ -73,6 +80,15 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
     """Turns what yaml, yacs and fvcore raise for bad input into a ``ValueError``."""
     try:
         yield
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"{source} has the tag {error.problem.split(chr(39))[1]} (line "
+            f"{error.problem_mark.line + 1}), which is not read because it could run any code"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: its _BASE_ leads back to itself") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not a text file") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
@@ -80,9 +96,13 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
     except (KeyError, AssertionError, ValueError, OSError, AttributeError, TypeError) as error:
         message = str(error.args[0]) if error.args else str(error)
         missing = re.search(r"Non-existent (?:config )?key: ([\w.]+)", message)
-        if missing:
+        mismatch = re.search(r"Type mismatch .* vs. (.*)\) for config key: (\S+)", message)
+        if mismatch:
+            value, key = mismatch.groups()
+            message = f"{key} must be {_article(get_key(cfg, key))}, got {value}"
+        elif missing:
             key = missing[1]
-            message = f"there is no key {key}{suggest(key, _keys(cfg))}"
+            message = f"there is no key {key}{suggest(key, (name for name, _ in _values(cfg)))}"
         elif isinstance(error, FileNotFoundError):
             message = f"its _BASE_ '{error.filename}' does not exist"
         elif isinstance(error, (AttributeError, TypeError)):
@@ -90,8 +110,15 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
         raise ValueError(f"{source}: {' '.join(message.split())}") from error
 
 
-def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+def _values(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All dotted keys and their values, those of groups of keys among them."""
     for key, value in cfg.items():
-        yield prefix + key
+        yield prefix + key, value
         if isinstance(value, CfgNode):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from _values(value, f"{prefix}{key}.")
+
+
+def _article(value: Any) -> str:
+    """What kind of value this is, for a sentence."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name} such as {value!r}"

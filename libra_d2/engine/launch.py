@@ -9,12 +9,12 @@ import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-__all__ = ["count_processes", "is_main_process", "launch"]
+__all__ = ["check_processes", "count_processes", "is_main_process", "launch"]
 
 
 def under_torchrun() -> bool:
     """Whether torchrun (or another launcher with its variables) started this process."""
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
 
 
 def is_main_process() -> bool:
@@ -26,29 +26,42 @@ def count_processes(args: argparse.Namespace) -> int:
     """Number of processes of a run, over all machines.
 
     Raises:
-        ValueError: if the arguments ask for more GPUs than there are, or contradict each other.
+        ValueError: if the arguments contradict each other.
     """
     if under_torchrun():
         return int(os.environ["WORLD_SIZE"])
-    if args.num_processes > 1 and args.num_gpus > 1:
-        raise ValueError("--num-processes is for the CPU; give it with --num-gpus 0")
     if min(args.num_processes, args.num_machines) < 1 or args.num_gpus < 0:
         raise ValueError(
             "--num-processes and --num-machines must be at least 1, --num-gpus at least 0"
         )
-    # The default of one is also right without a GPU: it is one process.
-    if args.num_gpus > max(1, torch.cuda.device_count()):
-        raise ValueError(
-            f"--num-gpus {args.num_gpus}: torch finds {torch.cuda.device_count()} GPUs; "
-            "for CPU processes give --num-gpus 0 --num-processes N"
-        )
+    if args.num_processes > 1 and args.num_gpus > 0:
+        raise ValueError("--num-processes is for the CPU; give --num-gpus 0 with it")
     return max(1, args.num_gpus, args.num_processes) * args.num_machines
 
 
-def launch(main: Callable, args: argparse.Namespace, main_args: tuple) -> None:
+def check_processes(args: argparse.Namespace, device: str) -> None:
+    """Checks that each process of this machine can have the device it needs.
+
+    Raises:
+        ValueError: if there are too few GPUs, or GPUs are asked for and not.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    num_gpus = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else args.num_gpus
+    if on_gpu and args.num_gpus == 0:
+        raise ValueError(f"--num-gpus 0 and MODEL.DEVICE {device} contradict each other")
+    # One GPU is the default, which also without a GPU means one process.
+    if num_gpus > max(1, torch.cuda.device_count()) and (on_gpu or not under_torchrun()):
+        raise ValueError(
+            f"{num_gpus} GPUs are asked for and torch finds {torch.cuda.device_count()}; "
+            "for CPU processes give --num-gpus 0 --num-processes N"
+        )
+
+
+def launch(main: Callable, args: argparse.Namespace, device: str, main_args: tuple) -> None:
     """Calls ``main(*main_args)`` in every process of the run, in a process group if several."""
+    on_gpu = torch.device(device).type == "cuda"
     if under_torchrun():
-        _join_torchrun()
+        _join_torchrun(on_gpu)
         try:
             main(*main_args)
         finally:
@@ -58,18 +71,14 @@ def launch(main: Callable, args: argparse.Namespace, main_args: tuple) -> None:
     if on_cpu and torch.cuda.is_available():
         # detectron2 takes NCCL wherever there is a GPU; the processes it starts must see none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        detectron2_launch(
-            _limit_threads if on_cpu else main,
-            max(1, args.num_gpus, args.num_processes),
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url="auto" if on_cpu and args.num_machines == 1 else args.dist_url,
-            args=(main, args.num_processes, main_args) if on_cpu else main_args,
-        )
-    except torch.multiprocessing.ProcessExitedException as error:
-        # A process has already said what is wrong.
-        raise SystemExit(error.exit_code) from None
+    detectron2_launch(
+        _limit_threads if on_cpu else main,
+        max(1, args.num_gpus, args.num_processes),
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url="auto" if on_cpu and args.num_machines == 1 else args.dist_url,
+        args=(main, args.num_processes, main_args) if on_cpu else main_args,
+    )
 
 
 def _limit_threads(main: Callable, num_processes: int, main_args: tuple) -> None:
@@ -77,9 +86,8 @@ def _limit_threads(main: Callable, num_processes: int, main_args: tuple) -> None
     main(*main_args)
 
 
-def _join_torchrun() -> None:
-    use_gpu = torch.cuda.is_available()
-    if use_gpu:
+def _join_torchrun(on_gpu: bool) -> None:
+    if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if use_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -15,11 +15,12 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from .. import data, modeling  # noqa: F401  (imported to register)
-from ..quiet import silence_known_warnings
+from libra_d2 import data, modeling  # noqa: F401  (imported to register)
+from libra_d2.quiet import silence_known_warnings
+
 from .checks import check_run, remove_run
 from .config_file import load_config
-from .launch import count_processes, is_main_process, launch
+from .launch import check_processes, count_processes, is_main_process, launch
 from .trainer import LibraTrainer
 
 __all__ = ["main", "make_parser", "one_sentence_errors"]
@@ -62,13 +63,14 @@ def main(argv: list[str] | None = None) -> None:
         if not args.config_file:
             raise ValueError("give a config with --config-file")
         num_processes = count_processes(args)
-        opts = args.opts
-        if args.num_gpus == 0 and "MODEL.DEVICE" not in opts:
-            opts = [*opts, "MODEL.DEVICE", "cpu"]
-        cfg = load_config(args.config_file, opts)
+        # First, so that a device given on the command line counts.
+        device = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
+        cfg = load_config(args.config_file, [*device, *args.opts])
+        check_processes(args, cfg.MODEL.DEVICE)
         if is_main_process():
             check_run(
                 cfg,
+                config_file=args.config_file,
                 eval_only=args.eval_only,
                 resume=args.resume,
                 overwrite=args.overwrite,
@@ -76,33 +78,34 @@ def main(argv: list[str] | None = None) -> None:
             )
     if args.overwrite and not args.eval_only and is_main_process():
         remove_run(Path(cfg.OUTPUT_DIR))
-    launch(_run, args, (cfg, args, parser.prog))
+    launch(_run, args, cfg.MODEL.DEVICE, (cfg, args))
 
 
 @contextlib.contextmanager
 def one_sentence_errors(program: str) -> Iterator[None]:
-    """Turns a ``ValueError`` into one sentence and exit status 2."""
+    """Turns a ``ValueError`` into one sentence and exit status 2, an interrupt into 130."""
     try:
         yield
     except ValueError as error:
         if is_main_process():
             print(f"{program}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
-def _run(cfg: CfgNode, args: argparse.Namespace, program: str) -> None:
+def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process's part."""
     silence_known_warnings()
     _setup(cfg, args)
     if args.eval_only:
-        with one_sentence_errors(program):
-            model = LibraTrainer.build_model(cfg)
+        model = LibraTrainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         LibraTrainer.test(cfg, model)
         return
-    with one_sentence_errors(program):
-        trainer = LibraTrainer(cfg)
+    trainer = LibraTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
 

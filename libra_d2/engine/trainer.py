@@ -1,9 +1,11 @@
 """detectron2's default trainer, on CPU processes too, with a choice of optimizer and evaluator."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import weakref
+from collections.abc import Callable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -81,22 +83,30 @@ class LibraTrainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluator that the data set's metadata names: COCO, LVIS or Pascal VOC.
-
-        Raises:
-            ValueError: if it names none of them.
-        """
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind not in _EVALUATORS:
-            raise ValueError(
-                f"data set '{dataset_name}' has evaluator_type '{kind}' in its metadata; "
-                f"there is {', '.join(_EVALUATORS)}"
-            )
+        """The evaluator that the data set's metadata names: COCO, LVIS or Pascal VOC."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        return _EVALUATORS[kind](dataset_name, output_dir=output_folder)
+        return choose_evaluator(dataset_name)(dataset_name, output_dir=output_folder)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        # pycocotools prints tables of its own; detectron2 logs the same numbers.
+        # pycocotools prints tables of its own; detectron2 logs the same numbers. What is logged is
+        # not caught: its handlers hold the real stdout.
         with contextlib.redirect_stdout(io.StringIO()):
             return super().test(cfg, model, evaluators)
+
+
+def choose_evaluator(dataset_name: str) -> Callable[..., DatasetEvaluator]:
+    """The class of evaluator that a data set's metadata names.
+
+    Raises:
+        ValueError: if it names none, or one whose package is not installed.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in _EVALUATORS:
+        raise ValueError(
+            f"data set '{dataset_name}' has evaluator_type '{kind}' in its metadata; "
+            f"there is {', '.join(_EVALUATORS)}"
+        )
+    if kind == "lvis" and importlib.util.find_spec("lvis") is None:
+        raise ValueError(f"data set '{dataset_name}' needs the package lvis: pip install lvis")
+    return _EVALUATORS[kind]

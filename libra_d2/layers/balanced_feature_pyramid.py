@@ -108,9 +108,19 @@ class BalancedFeaturePyramid(nn.Module):
         )
         refined = self.refine(integrated / self.num_levels)
         return [
-            level + (_upsample if i < self.refine_level else _pool)(refined, level.shape[-2:])
+            _add_resized(level, refined, _upsample if i < self.refine_level else _pool)
             for i, level in enumerate(levels)
         ]
+
+
+def _add_resized(
+    level: Tensor, refined: Tensor, resize: Callable[[Tensor, Sequence[int]], Tensor]
+) -> Tensor:
+    resized = resize(refined, level.shape[-2:])
+    if resized is refined or resized.dtype != level.dtype:
+        return level + resized
+    # In place: the finest level is by far the largest, and nobody needs a second copy of it.
+    return resized.add_(level)
 
 
 def _pool(x: Tensor, size: Sequence[int]) -> Tensor:

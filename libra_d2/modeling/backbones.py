@@ -9,9 +9,8 @@ from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import Tensor
 
+from libra_d2.config import choose
 from libra_d2.layers import BalancedFeaturePyramid
-
-from ..config import choose
 
 __all__ = ["build_bfp_backbone", "build_small_resnet_fpn_backbone"]
 
@@ -28,16 +27,19 @@ def build_bfp_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         ValueError: if the builder does not exist or the levels do not fit ``MODEL.BFP``.
     """
     options = cfg.MODEL.BFP
-    build = choose("MODEL.BFP.FPN_BUILDER", cfg, dict(BACKBONE_REGISTRY))
+    builders = {name: b for name, b in BACKBONE_REGISTRY if b is not build_bfp_backbone}
+    build = choose("MODEL.BFP.FPN_BUILDER", cfg, builders)
     pyramid = build(cfg, input_shape)
     shapes = pyramid.output_shape()
-    names = list(options.IN_FEATURES) or sorted(shapes, key=lambda name: shapes[name].stride)
-    unknown = [name for name in names if name not in shapes]
-    if unknown:
-        raise ValueError(
-            f"MODEL.BFP.IN_FEATURES names {', '.join(unknown)}; "
-            f"{options.FPN_BUILDER} gives {', '.join(shapes)}"
-        )
+    names = sorted(shapes, key=lambda name: shapes[name].stride)  # finest first
+    if options.IN_FEATURES:
+        chosen = [name for name in names if name in options.IN_FEATURES]
+        if chosen != list(options.IN_FEATURES):
+            raise ValueError(
+                "MODEL.BFP.IN_FEATURES must be some of "
+                f"{', '.join(names)}, in this order; got {', '.join(options.IN_FEATURES)}"
+            )
+        names = chosen
     channels = {name: shapes[name].channels for name in names}
     if len(set(channels.values())) != 1:
         raise ValueError(

@@ -12,10 +12,9 @@ from detectron2.config import configurable
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from torch import Tensor
 
+from libra_d2.config import balanced_l1_options
 from libra_d2.losses import balanced_l1_loss
 from libra_d2.losses.balanced_l1 import check_balanced_l1
-
-from ..config import balanced_l1_options
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 

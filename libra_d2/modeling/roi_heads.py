@@ -5,7 +5,8 @@ from detectron2.config import configurable
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.structures import Instances
 
-from ..config import background_threshold
+from libra_d2.config import background_threshold
+
 from .fast_rcnn import LibraFastRCNNOutputLayers
 from .samplers import SamplingMatcher
 from .sampling_log import log_sampled

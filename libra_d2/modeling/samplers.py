@@ -14,9 +14,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling.matcher import Matcher
 from torch import Tensor
 
+from libra_d2.config import background_threshold, choose
 from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
-
-from ..config import background_threshold, choose
 
 __all__ = ["NEGATIVE_SAMPLERS", "POSITIVE_SAMPLERS", "Matches", "SamplingMatcher"]
 
