@@ -10,10 +10,12 @@ __all__ = ["CLASSES", "Scene", "SceneMaker"]
 
 CLASSES = tuple(str(digit) for digit in range(10))
 
-# The long tail: each class is this much rarer than the next, so that 0 is a quarter as frequent
-# as 9.
-_TAIL = 0.86
-_CLASS_PROBABILITIES = _TAIL ** np.arange(9, -1, -1) / (_TAIL ** np.arange(10)).sum()
+# The long tail: from the most to the least frequent digit, each is this much rarer than the one
+# before, so that the last has a third of the first. The hardest to tell are the most frequent.
+_BY_FREQUENCY = (1, 9, 8, 4, 7, 2, 5, 3, 0, 6)
+_TAIL = 0.88
+_CLASS_PROBABILITIES = _TAIL ** np.argsort(_BY_FREQUENCY)
+_CLASS_PROBABILITIES /= _CLASS_PROBABILITIES.sum()
 _MIN_SIZE, _MAX_SIZE = 14, 150  # height of a digit before it is turned, in pixels
 _MAX_OBJECTS = 20
 _MAX_COVERED = 0.35  # of an object's box by any other's
