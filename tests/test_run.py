@@ -326,7 +326,7 @@ def test_the_screen_shows_no_known_noise(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "detectron2").exists(), reason="needs make's own .venv")
 def test_make_demo_at_a_tenth_of_its_length(tmp_path):
-    args = "SOLVER.MAX_ITER 60 TEST.EVAL_PERIOD 60 SOLVER.CHECKPOINT_PERIOD 60"
+    args = "SOLVER.MAX_ITER 84 TEST.EVAL_PERIOD 84 SOLVER.CHECKPOINT_PERIOD 84"
     result = subprocess.run(
         ["make", "demo", f"DEMO={tmp_path}", f"ARGS={args}"],
         capture_output=True,

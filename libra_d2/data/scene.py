@@ -64,7 +64,7 @@ class SceneMaker:
         center = rng.uniform((0.3 * width, 0.3 * height), (0.7 * width, 0.7 * height))
         crowd = center if rng.random() < 0.3 else None
         taken: list[tuple[int, int, int, int]] = []
-        for i in range(num_objects + rng.integers(0, 4)):
+        for i in range(num_objects + rng.integers(0, 3)):
             label = int(rng.choice(10, p=_CLASS_PROBABILITIES)) if i < num_objects else None
             stencil = self._digit(label, rng) if label is not None else self._look_alike(rng)
             stencil = _turn(_resize(stencil, _size(num_objects, rng)), rng)
