@@ -14,7 +14,7 @@ help:
 	@echo "make clean      remove .venv, generated data sets and output"
 
 demo: .venv/requirements
-	@$(MAKE) --no-print-directory .venv/detectron2 || { \
+	@$(MAKE) --no-print-directory .venv/detectron2 2> /dev/null || { \
 	  echo "make demo needs detectron2, and it could not be installed from its repository;" \
 	    ".venv/detectron2.log says why" >&2; exit 1; }
 	@$(PY) train_net.py --config-file configs/Demo/libra_faster_rcnn.yaml --overwrite \
@@ -24,7 +24,7 @@ demo: .venv/requirements
 	@$(PY) tools/analyse.py $(DEMO)/metrics.json $(DEMO)/training.png
 
 test: .venv/requirements
-	@$(MAKE) --no-print-directory .venv/detectron2 || true
+	@$(MAKE) --no-print-directory .venv/detectron2 2> /dev/null || true
 	@$(PY) -m pytest $(ARGS)
 
 lint: .venv/requirements
