@@ -37,17 +37,27 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def measure(candidates: dict[str, Callable], repeats: int, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each candidate; they take turns, so that all see the same machine."""
+def measure(
+    candidates: dict[str, Callable], repeats: int, warmup: int = 3, calls: int = 1
+) -> dict[str, float]:
+    """Median seconds of each candidate; they take turns, so that all see the same machine.
+
+    Args:
+        candidates: what to measure.
+        repeats: number of turns.
+        warmup: number of turns before those that count.
+        calls: calls in a row in a turn; several find their data and code in the caches.
+    """
     seconds = {name: [] for name in candidates}
     for i in range(warmup + repeats):
         for name, function in candidates.items():
             synchronize()
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             synchronize()
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -83,7 +93,7 @@ def sample_both(ious: Tensor, gt_indices: Tensor, positives: Tensor) -> None:
 
 def benchmark_samplers(repeats: int) -> None:
     rows = []
-    for num_positives in (60, 400):
+    for num_positives, calls in itertools.product((60, 400), (20, 1)):
         one, batch = (make_matches(n, num_positives) for n in (1, 16))
         labels = torch.where(one[2], 0, 1)
         seconds = measure(
@@ -93,14 +103,17 @@ def benchmark_samplers(repeats: int) -> None:
                 "batch": partial(sample_both, *batch),
             },
             repeats=repeats * 20,
+            calls=calls,
         )
         milliseconds = {name: 1000 * value for name, value in seconds.items()}
-        rows.append((num_positives, *milliseconds.values(), seconds["batch"] / seconds["one"]))
+        ratio = seconds["batch"] / seconds["one"]
+        rows.append((num_positives, calls, *milliseconds.values(), ratio))
     show(
         f"Sampling 512 of 2,000 proposals ({DEVICE}, ms)",
         rows,
         (
             "positives",
+            "calls in a row",
             "random (detectron2)",
             "both Libra samplers",
             "16 images, one call",

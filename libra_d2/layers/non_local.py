@@ -39,7 +39,9 @@ class NonLocal2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (self._to_rows(conv(x)) for conv in (self.theta, self.phi, self.g))
         y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        y = y.squeeze(1).transpose(1, 2).reshape(x.shape)
+        # A copy, because as a mere view it would be channels-last, and make all that follows so:
+        # slower on a CPU where the rest of the model is not.
+        y = y.squeeze(1).transpose(1, 2).contiguous().view(x.shape)
         return x + self.conv_out(y)
 
     @staticmethod
