@@ -5,21 +5,14 @@ import itertools
 
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
-from detectron2.modeling.backbone import FPN
+from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
-from torch import nn
-from toys import BASELINE, LIBRA, PLAIN, make_inputs, toy_config
+from toys import BASELINE, LIBRA, PLAIN, make_inputs, small_config, toy_config
 
 from libra_d2.losses import balanced_l1_loss
-from libra_d2.modeling import LibraRPN, SamplingMatcher
-
-SMALL = ["MODEL.BACKBONE.NAME", "build_small_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0]
-SMALL += ["MODEL.RESNETS.NORM", "BN", "MODEL.BFP.FPN_BUILDER", "build_small_resnet_fpn_backbone"]
+from libra_d2.modeling import LibraRPN
 
 # Each switch of the family: off and on.
 SWITCHES = {
@@ -30,11 +23,6 @@ SWITCHES = {
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "balanced_l1"),
     "MODEL.LIBRA.REFERENCE": ("paper", "mmdet"),
 }
-
-
-def small_config(config, *opts):
-    """A toy whose backbone is the small ResNet, not frozen."""
-    return toy_config(config, *SMALL, *opts)
 
 
 def train_step(cfg, inputs=None):
@@ -129,106 +117,6 @@ class TestSwitches:
         losses, _, logged, _ = train_step(cfg)
         assert all(loss.isfinite() for loss in losses.values())
         assert logged["roi_head/num_fg_samples"] + logged["roi_head/num_bg_samples"] <= 8
-
-
-BALANCED = ("instance_balanced", "iou_balanced")
-
-
-def make_matcher(positive="instance_balanced", negative="iou_balanced", *opts):
-    cfg = toy_config(
-        BASELINE,
-        *("MODEL.ROI_HEADS.POSITIVE_SAMPLER", positive),
-        *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", negative),
-        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 40),
-        *opts,
-    )
-    return SamplingMatcher.from_config(cfg, Matcher([0.5], [0, 1]))
-
-
-class TestSamplingMatcher:
-    def ious(self):
-        generator = torch.Generator().manual_seed(0)
-        ious = torch.rand(3, 500, generator=generator) ** 3
-        ious[:, -1] = torch.tensor([1.0, 0.0, 0.0])  # an appended ground truth
-        return ious
-
-    def test_keeps_a_sample_and_ignores_the_rest(self):
-        ious = self.ious()
-        gt_indices, labels = make_matcher()(ious)
-        expected_indices, expected_labels = Matcher([0.5], [0, 1])(ious)
-        assert torch.equal(gt_indices, expected_indices) and labels.dtype == expected_labels.dtype
-        assert (labels == 1).sum() == 10 and (labels == 0).sum() == 30
-        chosen = labels >= 0
-        assert torch.equal(labels[chosen], expected_labels[chosen])
-        per_gt = gt_indices[labels == 1].bincount(minlength=3)
-        assert per_gt.max() <= round(10 / 3) + 1
-
-    def test_few_positives_leave_room_for_negatives(self):
-        ious = self.ious().clamp(max=0.45)
-        ious[0, :4] = 0.8
-        _, labels = make_matcher()(ious)
-        assert (labels == 1).sum() == 4 and (labels == 0).sum() == 36
-
-    @pytest.mark.parametrize(("reference", "high"), [("paper", 0.5), ("mmdet", 1.0)])
-    def test_bins_span_the_range_of_the_reference(self, reference, high):
-        ious = torch.zeros(1, 400)
-        ious[0, :200], ious[0, 200:220], ious[0, -1] = 0.05, 0.4, 1.0
-        _, labels = make_matcher("random", "iou_balanced", "MODEL.LIBRA.REFERENCE", reference)(ious)
-        # N = 39 and K = 3: a quota of 13 from the bin of 0.4, which mmdet's ranges make the second.
-        num_high = (labels[200:220] == 0).sum()
-        assert 13 <= num_high <= 20 and (labels[:400] == 0).sum() == 39
-        first_bin = (labels[:200] == 0).sum() + (labels[220:] == 0).sum()
-        assert first_bin == 39 - num_high
-
-    def test_random_leaves_a_kind_to_detectron2(self):
-        ious = self.ious()
-        _, expected = Matcher([0.5], [0, 1])(ious)
-        _, labels = make_matcher("random", "iou_balanced")(ious)
-        assert torch.equal(labels == 1, expected == 1) and (labels == 0).sum() == 30
-        _, labels = make_matcher("instance_balanced", "random")(ious)
-        assert torch.equal(labels == 0, expected == 0) and (labels == 1).sum() == 10
-
-    @pytest.mark.parametrize("reference", ["paper", "mmdet"])
-    def test_without_ground_truths(self, reference):
-        matcher = make_matcher(
-            "instance_balanced", "iou_balanced", "MODEL.LIBRA.REFERENCE", reference
-        )
-        gt_indices, labels = matcher(torch.zeros(0, 100))
-        assert (labels == 0).sum() == 40 and (labels == -1).sum() == 60
-        assert torch.equal(gt_indices, torch.zeros(100, dtype=torch.int64))
-
-    @pytest.mark.parametrize("reference", ["paper", "mmdet"])
-    def test_without_candidates(self, reference):
-        matcher = make_matcher(
-            "instance_balanced", "iou_balanced", "MODEL.LIBRA.REFERENCE", reference
-        )
-        for num_gts in (0, 2):
-            gt_indices, labels = matcher(torch.zeros(num_gts, 0))
-            assert len(gt_indices) == len(labels) == 0
-
-    def test_ignored_stay_ignored(self):
-        matcher = make_matcher(
-            "instance_balanced",
-            "iou_balanced",
-            *("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.3, 0.5]),
-            *("MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]),
-        )
-        matcher.matcher = Matcher([0.3, 0.5], [0, -1, 1])
-        ious = self.ious()
-        _, labels = matcher(ious)
-        between = (ious.amax(0) >= 0.3) & (ious.amax(0) < 0.5)
-        assert (labels[between] == -1).all() and (labels == 0).sum() == 30
-
-    @pytest.mark.parametrize(
-        ("key", "value", "nearest"),
-        [
-            ("POSITIVE_SAMPLER", "instance_balnced", "instance_balanced"),
-            ("NEGATIVE_SAMPLER", "iou", ""),
-        ],
-    )
-    def test_unknown_sampler(self, key, value, nearest):
-        with pytest.raises(ValueError, match=f"MODEL.ROI_HEADS.{key} '{value}'.*{nearest}.*random"):
-            build_model(small_config(BASELINE, f"MODEL.ROI_HEADS.{key}", value))
 
 
 def test_sampled_numbers_are_logged():
@@ -336,113 +224,6 @@ class TestRPN:
     )
     def test_at_most_so_many_negatives_a_positive(self, bound, available, sampled):
         assert self.labels(bound, *available) == sampled
-
-
-@BACKBONE_REGISTRY.register()
-def build_uneven_backbone(cfg, input_shape):
-    """A pyramid of anyone's own, whose levels differ in channels."""
-
-    class Uneven(Backbone):
-        _out_features = ("p2", "p3")
-        _out_feature_channels = {"p2": 8, "p3": 16}  # noqa: RUF012
-        _out_feature_strides = {"p2": 4, "p3": 8}  # noqa: RUF012
-
-        def forward(self, x):
-            raise NotImplementedError
-
-    return Uneven()
-
-
-class TestBfpBackbone:
-    def build(self, *opts):
-        return build_model(
-            small_config(LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone", *opts)
-        ).backbone
-
-    def test_balances_what_the_pyramid_gives(self):
-        torch.manual_seed(0)
-        backbone = self.build().eval()
-        for parameter in backbone.bfp.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        image = torch.rand(2, 3, 64, 96)
-        plain = backbone.forward(image)  # without the hook that balances
-        names = ["p2", "p3", "p4", "p5", "p6"]
-        expected = backbone.bfp([plain[name] for name in names])
-        got = backbone(image)
-        assert list(got) == names
-        for name, level in zip(names, expected, strict=True):
-            torch.testing.assert_close(got[name], level)
-            assert not torch.equal(got[name], plain[name])
-
-    def test_levels_not_named_pass_through(self):
-        names = ["p2", "p3", "p4", "p5"]
-        backbone = self.build("MODEL.BFP.IN_FEATURES", names).eval()
-        image = torch.rand(1, 3, 64, 64)
-        plain, got = backbone.forward(image), backbone(image)
-        assert torch.equal(got["p6"], plain["p6"])
-        assert not any(torch.equal(got[name], plain[name]) for name in names)
-
-    def test_is_still_the_pyramid(self):
-        backbone = self.build()
-        assert isinstance(backbone, FPN) and backbone.size_divisibility == 32
-        copied = copy.deepcopy(backbone).eval()
-        image = torch.rand(1, 3, 64, 64)
-        nn.init.ones_(copied.bfp.refine.conv_out.bias)
-        assert not torch.equal(copied(image)["p2"], backbone.eval()(image)["p2"])
-
-    @pytest.mark.parametrize(
-        ("opts", "match"),
-        [
-            (
-                ("MODEL.BFP.REFINE_LEVEL", 5),
-                r"REFINE_LEVEL must be in \[0, 4\].*p2, p3, p4",
-            ),
-            (("MODEL.BFP.REFINE_LEVEL", -1), "REFINE_LEVEL must be in"),
-            (("MODEL.BFP.REFINE_TYPE", "nonlocal"), "did you mean 'non_local'.*conv, none"),
-            (("MODEL.BFP.IN_FEATURES", ["p2", "p9"]), "some of p2, p3, p4.*got p2, p9"),
-            (("MODEL.BFP.IN_FEATURES", ["p3", "p2", "p4"]), "in this order; got p3, p2, p4"),
-            (("MODEL.BFP.IN_FEATURES", ["p2", "p2", "p3"]), "in this order; got p2, p2, p3"),
-            (("MODEL.BFP.FPN_BUILDER", "build_bfp_backbone"), "does not exist"),
-            (("MODEL.BFP.FPN_BUILDER", "build_resnet_fpn"), "did you mean 'build_resnet_fpn_back"),
-            (
-                ("MODEL.BFP.FPN_BUILDER", "build_uneven_backbone", "MODEL.BFP.REFINE_LEVEL", 0),
-                "same channels, got .*'p2': 8, 'p3': 16",
-            ),
-        ],
-    )
-    def test_bad_options(self, opts, match):
-        with pytest.raises(ValueError, match=match):
-            self.build(*opts)
-
-
-class TestCheckpoints:
-    def test_a_plain_models_checkpoint_lacks_only_the_bfp(self, tmp_path):
-        torch.manual_seed(0)
-        plain = build_model(toy_config(BASELINE, *PLAIN))
-        DetectionCheckpointer(plain, str(tmp_path)).save("plain")
-        libra = build_model(toy_config(LIBRA))
-        incompatible = DetectionCheckpointer(libra)._load_model(
-            torch.load(tmp_path / "plain.pth", weights_only=True)
-        )
-        own = {f"backbone.{n}" for n, _ in libra.backbone.named_parameters() if n.startswith("bfp")}
-        assert set(incompatible.missing_keys) == own and len(own) == 8
-        assert incompatible.unexpected_keys == []
-        state = libra.state_dict()
-        assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
-
-    def test_an_imagenet_backbone_loads(self):
-        """By detectron2's matching of names, as from its R-50.pkl."""
-        torch.manual_seed(0)
-        source = build_model(toy_config(BASELINE, *PLAIN)).backbone.bottom_up.state_dict()
-        libra = build_model(toy_config(LIBRA))
-        checkpoint = {"model": dict(source), "matching_heuristics": True, "__author__": "test"}
-        DetectionCheckpointer(libra)._load_model(checkpoint)
-        state = libra.backbone.bottom_up.state_dict()
-        assert all(torch.equal(state[name], value) for name, value in source.items())
-
-
-def test_libra_rpn_is_an_rpn():
-    assert issubclass(LibraRPN, RPN)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -40,6 +40,9 @@ BASELINE = "Base-RCNN-FPN.yaml"
 # detectron2's own classes, for the same model.
 PLAIN = ["MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN"]
 
+SMALL = ["MODEL.BACKBONE.NAME", "build_small_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0]
+SMALL += ["MODEL.RESNETS.NORM", "BN", "MODEL.BFP.FPN_BUILDER", "build_small_resnet_fpn_backbone"]
+
 
 def toy_opts(*opts) -> list[str]:
     """Overrides that make any shipped config a toy, and then some."""
@@ -49,6 +52,11 @@ def toy_opts(*opts) -> list[str]:
 def toy_config(config: str, *opts):
     """A shipped config, by its path under configs/, as a toy."""
     return load_config(str(CONFIGS / config), toy_opts(*opts))
+
+
+def small_config(config, *opts):
+    """A toy whose backbone is the small ResNet, not frozen."""
+    return toy_config(config, *SMALL, *opts)
 
 
 def make_inputs(num_objects=(3, 0, 1), size=(96, 128)) -> list[dict]:

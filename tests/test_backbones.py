@@ -1,0 +1,114 @@
+"""The balanced pyramid around any other, and the checkpoints that load into it."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.modeling.backbone import FPN
+from torch import nn
+from toys import BASELINE, LIBRA, PLAIN, small_config, toy_config
+
+
+@BACKBONE_REGISTRY.register()
+def build_uneven_backbone(cfg, input_shape):
+    """A pyramid of anyone's own, whose levels differ in channels."""
+
+    class Uneven(Backbone):
+        _out_features = ("p2", "p3")
+        _out_feature_channels = {"p2": 8, "p3": 16}  # noqa: RUF012
+        _out_feature_strides = {"p2": 4, "p3": 8}  # noqa: RUF012
+
+        def forward(self, x):
+            raise NotImplementedError
+
+    return Uneven()
+
+
+class TestBfpBackbone:
+    def build(self, *opts):
+        return build_model(
+            small_config(LIBRA, "MODEL.BACKBONE.NAME", "build_bfp_backbone", *opts)
+        ).backbone
+
+    def test_balances_what_the_pyramid_gives(self):
+        torch.manual_seed(0)
+        backbone = self.build().eval()
+        for parameter in backbone.bfp.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        image = torch.rand(2, 3, 64, 96)
+        plain = backbone.forward(image)  # without the hook that balances
+        names = ["p2", "p3", "p4", "p5", "p6"]
+        expected = backbone.bfp([plain[name] for name in names])
+        got = backbone(image)
+        assert list(got) == names
+        for name, level in zip(names, expected, strict=True):
+            torch.testing.assert_close(got[name], level)
+            assert not torch.equal(got[name], plain[name])
+
+    def test_levels_not_named_pass_through(self):
+        names = ["p2", "p3", "p4", "p5"]
+        backbone = self.build("MODEL.BFP.IN_FEATURES", names).eval()
+        image = torch.rand(1, 3, 64, 64)
+        plain, got = backbone.forward(image), backbone(image)
+        assert torch.equal(got["p6"], plain["p6"])
+        assert not any(torch.equal(got[name], plain[name]) for name in names)
+
+    def test_is_still_the_pyramid(self):
+        backbone = self.build()
+        assert isinstance(backbone, FPN) and backbone.size_divisibility == 32
+        copied = copy.deepcopy(backbone).eval()
+        image = torch.rand(1, 3, 64, 64)
+        nn.init.ones_(copied.bfp.refine.conv_out.bias)
+        assert not torch.equal(copied(image)["p2"], backbone.eval()(image)["p2"])
+
+    @pytest.mark.parametrize(
+        ("opts", "match"),
+        [
+            (
+                ("MODEL.BFP.REFINE_LEVEL", 5),
+                r"REFINE_LEVEL must be in \[0, 4\].*p2, p3, p4",
+            ),
+            (("MODEL.BFP.REFINE_LEVEL", -1), "REFINE_LEVEL must be in"),
+            (("MODEL.BFP.REFINE_TYPE", "nonlocal"), "did you mean 'non_local'.*conv, none"),
+            (("MODEL.BFP.IN_FEATURES", ["p2", "p9"]), "some of p2, p3, p4.*got p2, p9"),
+            (("MODEL.BFP.IN_FEATURES", ["p3", "p2", "p4"]), "in this order; got p3, p2, p4"),
+            (("MODEL.BFP.IN_FEATURES", ["p2", "p2", "p3"]), "in this order; got p2, p2, p3"),
+            (("MODEL.BFP.FPN_BUILDER", "build_bfp_backbone"), "does not exist"),
+            (("MODEL.BFP.FPN_BUILDER", "build_resnet_fpn"), "did you mean 'build_resnet_fpn_back"),
+            (
+                ("MODEL.BFP.FPN_BUILDER", "build_uneven_backbone", "MODEL.BFP.REFINE_LEVEL", 0),
+                "same channels, got .*'p2': 8, 'p3': 16",
+            ),
+        ],
+    )
+    def test_bad_options(self, opts, match):
+        with pytest.raises(ValueError, match=match):
+            self.build(*opts)
+
+
+class TestCheckpoints:
+    def test_a_plain_models_checkpoint_lacks_only_the_bfp(self, tmp_path):
+        torch.manual_seed(0)
+        plain = build_model(toy_config(BASELINE, *PLAIN))
+        DetectionCheckpointer(plain, str(tmp_path)).save("plain")
+        libra = build_model(toy_config(LIBRA))
+        incompatible = DetectionCheckpointer(libra)._load_model(
+            torch.load(tmp_path / "plain.pth", weights_only=True)
+        )
+        own = {f"backbone.{n}" for n, _ in libra.backbone.named_parameters() if n.startswith("bfp")}
+        assert set(incompatible.missing_keys) == own and len(own) == 8
+        assert incompatible.unexpected_keys == []
+        state = libra.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+
+    def test_an_imagenet_backbone_loads(self):
+        """By detectron2's matching of names, as from its R-50.pkl."""
+        torch.manual_seed(0)
+        source = build_model(toy_config(BASELINE, *PLAIN)).backbone.bottom_up.state_dict()
+        libra = build_model(toy_config(LIBRA))
+        checkpoint = {"model": dict(source), "matching_heuristics": True, "__author__": "test"}
+        DetectionCheckpointer(libra)._load_model(checkpoint)
+        state = libra.backbone.bottom_up.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in source.items())
