@@ -1,7 +1,4 @@
-"""Every config key this project adds, with its default and its paper, and the checks of values.
-
-The checks collect here, so that a wrong value is one clear sentence before anything is built.
-"""
+"""Every config key this project adds, with its default and its paper; and how keys are read."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -9,47 +6,16 @@ from typing import TypeVar
 
 from detectron2.config import CfgNode
 
-from .layers import REFINE_TYPES
-from .losses.balanced_l1 import REFERENCES, check_balanced_l1
-
-__all__ = ["add_libra_config", "check_config"]
+__all__ = [
+    "add_libra_config",
+    "background_threshold",
+    "balanced_l1_options",
+    "choose",
+    "get_key",
+    "suggest",
+]
 
 T = TypeVar("T")
-
-OPTIMIZERS = ("SGD", "AdamW")
-NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
-LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
-BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
-FRACTIONS = (
-    "MODEL.RPN.POSITIVE_FRACTION",
-    "MODEL.ROI_HEADS.POSITIVE_FRACTION",
-    "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU",
-    "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION",
-)
-MAX_IOU_BINS = 100
-AT_LEAST_ONE = (
-    "MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS",
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
-    "MODEL.ROI_HEADS.NUM_CLASSES",
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.IMS_PER_BATCH",
-    "SOLVER.MAX_ITER",
-)
-# What detectron2's own classes do not read: the key, its values that ask for nothing new, the key
-# of the class, and the class that reads it.
-NEW_SWITCHES = (
-    ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", ("random",), "MODEL.ROI_HEADS.NAME", "LibraROIHeads"),
-    ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", ("random",), "MODEL.ROI_HEADS.NAME", "LibraROIHeads"),
-    (
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
-        BOX_REG_LOSSES[:-1],
-        "MODEL.ROI_HEADS.NAME",
-        "LibraROIHeads",
-    ),
-    ("MODEL.RPN.NEGATIVE_POSITIVE_UB", (-1,), "MODEL.PROPOSAL_GENERATOR.NAME", "LibraRPN"),
-)
-DETECTRON2_CLASSES = ("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RPN")
 
 
 def add_libra_config(cfg: CfgNode) -> None:
@@ -95,6 +61,29 @@ def add_libra_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.GAMMA = 1.5
     cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.BETA = 1.0
 
+    # ---- RetinaNet: META_ARCHITECTURE LibraRetinaNet
+    # "focal", "balanced_ce" (alpha-balanced cross entropy) or "ohem".
+    cfg.MODEL.RETINANET.CLS_LOSS_TYPE = "focal"
+    # OHEM on anchors (focal-loss paper, table 1d).
+    cfg.MODEL.RETINANET.OHEM = CfgNode()
+    # How many anchors of an image are trained on.
+    cfg.MODEL.RETINANET.OHEM.BATCH_SIZE_PER_IMAGE = 512
+    # Of two anchors of a larger IoU only the one with the larger loss is.
+    cfg.MODEL.RETINANET.OHEM.NMS_THRESH = 0.7
+    # At most this many negatives a positive, and at least this many in all; -1 for no limit.
+    cfg.MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB = -1
+    # The same as for the ROI heads; beta 0.11 is the published Libra RetinaNet's.
+    cfg.MODEL.RETINANET.BALANCED_L1 = CfgNode()
+    cfg.MODEL.RETINANET.BALANCED_L1.ALPHA = 0.5
+    cfg.MODEL.RETINANET.BALANCED_L1.GAMMA = 1.5
+    cfg.MODEL.RETINANET.BALANCED_L1.BETA = 0.11
+    cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
+    # "max_iou" or "mutual_guidance" (ACCV 2020), which reads IOU_THRESHOLDS too.
+    cfg.MODEL.RETINANET.MATCHER = "max_iou"
+    cfg.MODEL.RETINANET.MUTUAL_GUIDANCE = CfgNode()
+    # Greater than 1; the larger, the less the predicted scores matter for box regression.
+    cfg.MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA = 2.0
+
     # ---- A ResNet small enough for a CPU: BACKBONE.NAME build_small_resnet_fpn_backbone
     cfg.MODEL.SMALL_RESNET = CfgNode()
     # Output channels of the stages res2 .. res5, each of one basic block.
@@ -103,67 +92,6 @@ def add_libra_config(cfg: CfgNode) -> None:
     # ---- Training
     # "SGD" or "AdamW" (BASE_LR and WEIGHT_DECAY are read by both).
     cfg.SOLVER.OPTIMIZER = "SGD"
-
-
-def check_config(cfg: CfgNode) -> None:
-    """Checks the values of libra_d2's keys and of the numbers they work with.
-
-    Names of samplers, builders and anything else that is registered are checked where they are
-    looked up, when the model is built.
-
-    Raises:
-        ValueError: naming the key, its value and what would be right.
-    """
-    choose("MODEL.LIBRA.REFERENCE", cfg, REFERENCES)
-    choose("SOLVER.OPTIMIZER", cfg, OPTIMIZERS)
-    choose("SOLVER.LR_SCHEDULER_NAME", cfg, LR_SCHEDULERS)
-    choose("MODEL.BFP.REFINE_TYPE", cfg, REFINE_TYPES)
-    choose("MODEL.BFP.NORM", cfg, ("", *NORMS))
-    for key in FRACTIONS:
-        if not 0.0 <= get_key(cfg, key) <= 1.0:
-            raise ValueError(f"{key} must be in [0, 1], got {get_key(cfg, key)}")
-    for key in AT_LEAST_ONE:
-        if get_key(cfg, key) < 1:
-            raise ValueError(f"{key} must be at least 1, got {get_key(cfg, key)}")
-    bound = cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB
-    if bound != -1 and bound < 1:
-        raise ValueError(
-            f"MODEL.RPN.NEGATIVE_POSITIVE_UB must be -1 (no bound) or at least 1, got {bound}"
-        )
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
-        _check_two_stage(cfg)
-
-
-def _check_two_stage(cfg: CfgNode) -> None:
-    choose("MODEL.RPN.BBOX_REG_LOSS_TYPE", cfg, BOX_REG_LOSSES[:-1])
-    choose("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", cfg, BOX_REG_LOSSES)
-    num_bins = cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS
-    if num_bins > MAX_IOU_BINS:
-        raise ValueError(
-            f"MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS must be at most {MAX_IOU_BINS}, got {num_bins}"
-        )
-    try:
-        check_balanced_l1(**balanced_l1_options(cfg, cfg.MODEL.ROI_BOX_HEAD))
-    except ValueError as error:
-        raise ValueError(f"MODEL.ROI_BOX_HEAD.BALANCED_L1: {error}") from None
-    for name in ("RPN", "ROI_HEADS"):
-        thresholds, labels = cfg.MODEL[name].IOU_THRESHOLDS, cfg.MODEL[name].IOU_LABELS
-        if len(labels) != len(thresholds) + 1:
-            raise ValueError(
-                f"MODEL.{name}.IOU_LABELS must be one more than the {len(thresholds)} "
-                f"IOU_THRESHOLDS, got {len(labels)}"
-            )
-    floor_iou = cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU
-    if floor_iou >= background_threshold(cfg):
-        raise ValueError(
-            "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU must be below the background threshold "
-            f"{background_threshold(cfg)}, got {floor_iou}"
-        )
-    for key, nothing_new, reader, needed in NEW_SWITCHES:
-        value, name = get_key(cfg, key), get_key(cfg, reader)
-        if value not in nothing_new and name in DETECTRON2_CLASSES:
-            # It would do nothing, silently.
-            raise ValueError(f"{key} {value} needs {reader} {needed}, got {name}")
 
 
 def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> T | str:

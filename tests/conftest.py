@@ -16,8 +16,11 @@ try:
     HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 except ValueError:  # blocked by a test
     HAS_DETECTRON2 = False
-# These test what needs torch alone.
-CORE = {"test_core.py", "test_sampling.py", "test_losses.py", "test_layers.py"}
+# These test what needs torch and torchvision alone.
+CORE = {
+    f"test_{name}.py"
+    for name in ("core", "sampling", "hard_sampling", "matching", "losses", "layers")
+}
 
 if HAS_DETECTRON2:
     # The data sets are drawn anew for every run of the tests. Where they lie is settled when

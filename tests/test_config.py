@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toys import BASELINE, CONFIGS, LIBRA, toy_config
+from toys import BASELINE, CONFIGS, LIBRA, RETINANET, toy_config
 
 from libra_d2.engine import load_config
 
@@ -75,12 +75,87 @@ def test_device_is_what_there_is_unless_given():
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "NEGATIVE_POSITIVE_UB 5 needs.*LibraRPN"),
         (["MODEL.DEVICE", "gpu"], "a device of torch such as cuda or cpu, got 'gpu'"),
         (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True], "AMP.ENABLED needs a GPU"),
+        (
+            ["MODEL.RETINANET.MATCHER", "mutual_guidance"],
+            "MATCHER mutual_guidance needs MODEL.META_ARCHITECTURE LibraRetinaNet, got Generalized",
+        ),
+        (["MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]], "RPN.IOU_THRESHOLDS must be .*ascending"),
     ],
 )
 def test_bad_values_are_one_sentence(opts, match):
     with pytest.raises(ValueError, match=match) as error:
         load_config(str(CONFIGS / LIBRA), [str(opt) for opt in opts])
     assert "\n" not in str(error.value)
+
+
+GUIDED = ["MODEL.RETINANET.MATCHER", "mutual_guidance"]
+DETECTRON2S = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
+
+
+@pytest.mark.parametrize(
+    ("opts", "match"),
+    [
+        ([*GUIDED, *DETECTRON2S], "MATCHER mutual_guidance needs MODEL.META_ARCH.*got RetinaNet"),
+        (["MODEL.RETINANET.CLS_LOSS_TYPE", "ohem", *DETECTRON2S], "needs.*LibraRetinaNet"),
+        (
+            ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "balanced_l1", *DETECTRON2S],
+            "BBOX_REG_LOSS_TYPE balanced_l1 needs MODEL.META_ARCHITECTURE LibraRetinaNet",
+        ),
+        (["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced"], "needs a two-stage.*got LibraRetin"),
+        (["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l1"], "BBOX_REG_LOSS_TYPE 'l1' does not exist"),
+        ([*GUIDED, "MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA", 1.0], "SIGMA: .*greater than 1, got 1"),
+        ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.5, 0.4]], "must be .*ascending, got"),
+        ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.4, 1.5]], "positive_iou <= 1, got"),
+        (
+            [
+                *(*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.5]),
+                *("MODEL.RETINANET.IOU_LABELS", [0, 1]),
+            ],
+            "IOU_THRESHOLDS must be two for MATCHER mutual_guidance",
+        ),
+        (["MODEL.RETINANET.IOU_LABELS", [0, 1]], "RETINANET.IOU_LABELS must be one more than"),
+        (["MODEL.RETINANET.BALANCED_L1.ALPHA", 0.0], "RETINANET.BALANCED_L1: .*alpha must be"),
+        (["MODEL.RETINANET.OHEM.NMS_THRESH", 1.5], r"OHEM.NMS_THRESH must be in \[0, 1\]"),
+        (["MODEL.RETINANET.OHEM.BATCH_SIZE_PER_IMAGE", 0], "BATCH_SIZE_PER_IMAGE must be at least"),
+        (["MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB", 0], r"must be -1 \(no bound\)"),
+        (["MODEL.RETINANET.PRIOR_PROB", 0.0], "PRIOR_PROB must be between 0 and 1, got 0"),
+        (["MODEL.RETINANET.FOCAL_LOSS_ALPHA", 1.5], r"FOCAL_LOSS_ALPHA must be in \[0, 1\]"),
+        (["MODEL.RETINANET.FOCAL_LOSS_GAMMA", -1.0], "FOCAL_LOSS_GAMMA must not be negative"),
+        (["MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", -1.0], "LOSS_WEIGHT must not be negative"),
+        (["MODEL.RETINANET.NUM_CONVS", 0], "NUM_CONVS must be at least 1"),
+    ],
+)
+def test_bad_values_of_a_retinanet_are_one_sentence(opts, match):
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(str(CONFIGS / RETINANET), [str(opt) for opt in opts])
+    assert "\n" not in str(error.value)
+
+
+def test_focal_ablations_are_the_papers_table():
+    """Each alpha, gamma, batch and threshold of table 1 (a), (b) and (d), on one baseline."""
+    found = set()
+    for config in SHIPPED:
+        if "focal/table1" not in config:
+            continue
+        cfg = load_config(str(CONFIGS / config))
+        options, depth = cfg.MODEL.RETINANET, cfg.MODEL.RESNETS.DEPTH
+        assert cfg.INPUT.MIN_SIZE_TRAIN == (600,) and cfg.INPUT.MIN_SIZE_TEST == 600
+        numbers = {
+            "balanced_ce": (options.FOCAL_LOSS_ALPHA,),
+            "focal": (options.FOCAL_LOSS_ALPHA, options.FOCAL_LOSS_GAMMA),
+            "ohem": tuple(options.OHEM.values()),
+        }[options.CLS_LOSS_TYPE]
+        found.add((options.CLS_LOSS_TYPE, depth, *numbers))
+    alphas = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999)
+    gammas = ((0.75, 0.1), (0.75, 0.2), (0.5, 0.5), (0.25, 1.0), (0.25, 2.0), (0.25, 5.0))
+    ohem = [(batch, nms, -1) for batch in (128, 256, 512) for nms in (0.5, 0.7)]
+    ohem += [(batch, 0.5, 3) for batch in (128, 256, 512)]
+    assert found == {
+        *(("balanced_ce", 50, alpha) for alpha in alphas),
+        *(("focal", 50, *pair) for pair in gammas),
+        *(("ohem", 101, *numbers) for numbers in ohem),
+        ("focal", 101, 0.25, 2.0),
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

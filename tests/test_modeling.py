@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
-from toys import BASELINE, LIBRA, PLAIN, make_inputs, small_config, toy_config
+from toys import BASELINE, LIBRA, PLAIN, make_inputs, small_config, toy_config, train_step
 
 from libra_d2.losses import balanced_l1_loss
 from libra_d2.modeling import LibraRPN
@@ -23,18 +23,6 @@ SWITCHES = {
     "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "balanced_l1"),
     "MODEL.LIBRA.REFERENCE": ("paper", "mmdet"),
 }
-
-
-def train_step(cfg, inputs=None):
-    """Losses, gradients and logged numbers of one step from a fixed seed, and the model."""
-    torch.manual_seed(0)
-    model = build_model(cfg).train()
-    torch.manual_seed(1)
-    with EventStorage() as storage:
-        losses = model(make_inputs() if inputs is None else inputs)
-    sum(losses.values()).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return losses, gradients, {k: v for k, (v, _) in storage.latest().items()}, model
 
 
 class TestAtDefaults:

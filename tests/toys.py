@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import torch
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from libra_d2.engine import load_config
 
@@ -20,6 +22,8 @@ TOY = [
     "MODEL.FPN.OUT_CHANNELS", 32,
     "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
     "MODEL.ROI_HEADS.NUM_CLASSES", 10,
+    "MODEL.RETINANET.NUM_CLASSES", 10,
+    "MODEL.RETINANET.NUM_CONVS", 1,
     "MODEL.RPN.POST_NMS_TOPK_TRAIN", 100,
     "MODEL.RPN.POST_NMS_TOPK_TEST", 20,
     "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]],
@@ -44,6 +48,13 @@ SMALL = ["MODEL.BACKBONE.NAME", "build_small_resnet_fpn_backbone", "MODEL.BACKBO
 SMALL += ["MODEL.RESNETS.NORM", "BN", "MODEL.BFP.FPN_BUILDER", "build_small_resnet_fpn_backbone"]
 
 
+RETINANET = "Base-RetinaNet.yaml"
+_RETINANET_BUILDER = "build_retinanet_small_resnet_fpn_backbone"
+SMALL_RETINANET = ["MODEL.BACKBONE.NAME", _RETINANET_BUILDER, "MODEL.BACKBONE.FREEZE_AT", 0]
+SMALL_RETINANET += ["MODEL.RESNETS.NORM", "BN", "MODEL.BFP.FPN_BUILDER", _RETINANET_BUILDER]
+SMALL_RETINANET += ["MODEL.BFP.REFINE_LEVEL", 1]
+
+
 def toy_opts(*opts) -> list[str]:
     """Overrides that make any shipped config a toy, and then some."""
     return [str(opt) for opt in (*TOY, *opts)]
@@ -57,6 +68,23 @@ def toy_config(config: str, *opts):
 def small_config(config, *opts):
     """A toy whose backbone is the small ResNet, not frozen."""
     return toy_config(config, *SMALL, *opts)
+
+
+def small_retinanet(*opts):
+    """A toy RetinaNet whose backbone is the small ResNet, not frozen."""
+    return toy_config(RETINANET, *SMALL_RETINANET, *opts)
+
+
+def train_step(cfg, inputs=None):
+    """Losses, gradients and logged numbers of one step from a fixed seed, and the model."""
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    torch.manual_seed(1)
+    with EventStorage() as storage:
+        losses = model(make_inputs() if inputs is None else inputs)
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses, gradients, {k: v for k, (v, _) in storage.latest().items()}, model
 
 
 def make_inputs(num_objects=(3, 0, 1), size=(96, 128)) -> list[dict]:

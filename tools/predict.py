@@ -105,7 +105,9 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         raise ValueError(f"--output '{args.output}' is one of the images; it would be lost")
     if Path(args.output).suffix not in (".jpg", ".png"):
         raise ValueError(f"--output must end in .jpg or .png, got '{args.output}'")
-    threshold = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", str(args.score_threshold)]
+    threshold = []
+    for head in ("ROI_HEADS", "RETINANET"):
+        threshold += [f"MODEL.{head}.SCORE_THRESH_TEST", str(args.score_threshold)]
     cfg = load_config(args.config_file, [*threshold, *args.opts]).clone()
     cfg.defrost()
     # Plain images need no data set; if it is there, its class names are drawn.

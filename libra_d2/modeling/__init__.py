@@ -1,19 +1,33 @@
 """detectron2 adapters. Importing this package registers them with detectron2."""
 
-from . import backbones, roi_heads, rpn  # noqa: F401  (imported to register)
-from .backbones import build_bfp_backbone, build_small_resnet_fpn_backbone
+from . import backbones, retinanet, roi_heads, rpn  # noqa: F401  (imported to register)
+from .backbones import (
+    build_bfp_backbone,
+    build_retinanet_small_resnet_fpn_backbone,
+    build_small_resnet_fpn_backbone,
+)
+from .box_losses import BOX_LOSSES
+from .classification_losses import CLASSIFICATION_LOSSES
 from .fast_rcnn import LibraFastRCNNOutputLayers
+from .mutual_guidance import MATCHERS, MutualGuidanceMatcher
+from .retinanet import LibraRetinaNet
 from .roi_heads import LibraROIHeads
 from .rpn import LibraRPN
 from .samplers import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS, SamplingMatcher
 
 __all__ = [
+    "BOX_LOSSES",
+    "CLASSIFICATION_LOSSES",
+    "MATCHERS",
     "NEGATIVE_SAMPLERS",
     "POSITIVE_SAMPLERS",
     "LibraFastRCNNOutputLayers",
     "LibraROIHeads",
     "LibraRPN",
+    "LibraRetinaNet",
+    "MutualGuidanceMatcher",
     "SamplingMatcher",
     "build_bfp_backbone",
+    "build_retinanet_small_resnet_fpn_backbone",
     "build_small_resnet_fpn_backbone",
 ]

@@ -1,15 +1,4 @@
-"""Which candidates are trained on: samplers as functions from a mask to a mask.
-
-Every sampler takes ``candidates``, a bool mask, and returns ``kept``, a bool mask of the same shape
-that is True only where ``candidates`` is and at most ``num_samples`` times along the last axis. No
-sampler moves data to the host, so leading dimensions batch and ``num_samples`` may be a tensor.
-
-Shape shorthand in this module:
-
-    ...: leading (batch) dimensions, often none
-    N: number of candidates' slots (proposals, anchors) of an image
-    K: number of IoU bins
-"""
+"""Libra R-CNN's balanced samplers: strata first, and what is missing from anywhere."""
 
 import functools
 import math
@@ -18,35 +7,9 @@ import operator
 import torch
 from torch import Tensor
 
-__all__ = [
-    "sample_instance_balanced_positives",
-    "sample_iou_balanced_negatives",
-    "sample_random",
-]
+from .masks import check, count_so_far, random_order, sample_random, undo
 
-
-def sample_random(
-    candidates: Tensor, num_samples: int | Tensor, *, generator: torch.Generator | None = None
-) -> Tensor:
-    """Keeps a uniformly random subset of the candidates.
-
-    Args:
-        candidates: bool mask, shape ``(..., N)``.
-        num_samples: how many to keep along the last axis; an int, or an integer tensor that
-            broadcasts to ``(...)``. Where there are fewer candidates all of them are kept.
-        generator: source of randomness on the device of ``candidates``.
-
-    Returns:
-        Bool mask, shape ``(..., N)``, True ``min(num_samples, candidates)`` times.
-
-    Raises:
-        ValueError: if ``candidates`` is not a bool mask or ``num_samples`` is negative.
-    """
-    num_samples = _check(candidates, num_samples)
-    order = _random_order(candidates, generator)
-    kept = candidates.gather(-1, order)
-    kept &= _count_so_far(kept) <= num_samples
-    return _undo(order, kept)
+__all__ = ["sample_instance_balanced_positives", "sample_iou_balanced_negatives"]
 
 
 def sample_iou_balanced_negatives(
@@ -92,7 +55,7 @@ def sample_iou_balanced_negatives(
     Raises:
         ValueError: if shapes differ, a mask is not bool or an option is out of its range.
     """
-    wanted = _check(candidates, num_samples, ious=ious)
+    wanted = check(candidates, num_samples, ious=ious)
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")
     for name, value in (("floor_iou", floor_iou), ("floor_fraction", floor_fraction)):
@@ -143,7 +106,7 @@ def sample_instance_balanced_positives(
     Raises:
         ValueError: if shapes differ, a mask is not bool or ``num_samples`` is negative.
     """
-    wanted = _check(candidates, num_samples, gt_indices=gt_indices)
+    wanted = check(candidates, num_samples, gt_indices=gt_indices)
     if gt_indices.is_floating_point():
         raise ValueError(f"gt_indices must be integers, got {gt_indices.dtype}")
     if candidates.shape[-1] == 0:
@@ -170,7 +133,7 @@ def sample_instance_balanced_positives(
         generator=generator,
     )
     kept |= first & too_few
-    return _undo(order, kept)
+    return undo(order, kept)
 
 
 # Below any true fraction of a count: what of 0.3 * 10 is more than 3 is not counted.
@@ -203,12 +166,12 @@ def _first_of_each_bin(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Keeps, at random, up to ``quota`` candidates of each bin 0 .. num_bins - 1."""
-    order = _random_order(candidates, generator)
+    order = random_order(candidates, generator)
     bins, candidates = bins.gather(-1, order), candidates.gather(-1, order)
     # The bins are few, so that counting each on its own is cheaper than a sort.
     members = [candidates & (bins == k) for k in range(num_bins)]
-    kept = [member & (_count_so_far(member) <= quota) for member in members]
-    return _undo(order, functools.reduce(operator.or_, kept))
+    kept = [member & (count_so_far(member) <= quota) for member in members]
+    return undo(order, functools.reduce(operator.or_, kept))
 
 
 def _top_up(
@@ -222,29 +185,6 @@ def _top_up(
     return kept | sample_random(candidates & ~kept, missing.squeeze(-1), generator=generator)
 
 
-def _random_order(candidates: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A random permutation of the last axis for each row; int64, the shape of ``candidates``."""
-    if candidates.is_cuda:  # one kernel for all rows
-        keys = torch.rand(candidates.shape, device=candidates.device, generator=generator)
-        return keys.argsort(dim=-1)
-    # On the CPU shuffling is nearly ten times faster than sorting.
-    size = candidates.shape[-1]
-    num_rows = math.prod(candidates.shape[:-1])
-    rows = [
-        torch.randperm(size, device=candidates.device, generator=generator) for _ in range(num_rows)
-    ]
-    return torch.stack(rows).view(candidates.shape) if rows else candidates.long()
-
-
-def _undo(order: Tensor, mask: Tensor) -> Tensor:
-    """Puts a mask in the order ``order`` back into the original one."""
-    return torch.empty_like(mask).scatter_(-1, order, mask)
-
-
-def _count_so_far(mask: Tensor) -> Tensor:
-    return mask.cumsum(-1, dtype=torch.int32)
-
-
 def _share(count: int | Tensor, fraction: float) -> int | Tensor:
     """``count * fraction``, rounded up; in float64, so that an int and a tensor give the same."""
     if isinstance(count, Tensor):
@@ -255,25 +195,3 @@ def _share(count: int | Tensor, fraction: float) -> int | Tensor:
 def _per_row(value: float | Tensor) -> float | Tensor:
     """Lets a number per row, shape (...), broadcast against rows, shape (..., N)."""
     return value.unsqueeze(-1) if isinstance(value, Tensor) else value
-
-
-def _check(candidates: Tensor, num_samples: int | Tensor, **others: Tensor) -> int | Tensor:
-    """Checks what can be checked without looking at values; returns ``num_samples`` per row."""
-    if candidates.dtype != torch.bool or candidates.dim() == 0:
-        raise ValueError(
-            "candidates must be a bool mask of shape (..., N), got "
-            f"{candidates.dtype} of shape {tuple(candidates.shape)}"
-        )
-    for name, value in others.items():
-        if value.shape != candidates.shape:
-            raise ValueError(
-                f"{name} must have the shape of candidates, got {tuple(value.shape)} "
-                f"and {tuple(candidates.shape)}"
-            )
-    if not isinstance(num_samples, Tensor):
-        if num_samples < 0:
-            raise ValueError(f"num_samples must not be negative, got {num_samples}")
-        return min(int(num_samples), candidates.shape[-1])
-    if num_samples.is_floating_point():
-        raise ValueError(f"num_samples must be integers, got {num_samples.dtype}")
-    return num_samples.unsqueeze(-1).clamp(max=candidates.shape[-1]).to(torch.int32)

@@ -1,0 +1,142 @@
+"""Mutual Guidance at the anchors of a one-stage detector.
+
+Shape shorthand in this module:
+
+    G: number of ground truths of an image
+    R: number of anchors of an image
+    K: number of classes
+"""
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from libra_d2.matching import check_mutual_guidance, classify_to_localize, localize_to_classify
+
+__all__ = ["MATCHERS", "MutualGuidanceMatcher"]
+
+
+@dataclass
+class _Labels:
+    """The labels of one image, and what is logged about them."""
+
+    gt_labels: Tensor  # (R,) for classification: class in [0, K), K background, -1 ignored
+    box_labels: Tensor  # (R,) for box regression: class in [0, K), K not trained
+    gt_boxes: Tensor  # (R, 4) for box regression
+    num_agreed: Tensor  # () positive for both tasks, with the same ground truth
+    num_positives: Tensor  # () for classification
+    sum_ious: Tensor  # () IoU of the boxes that these predict with their ground truths
+
+
+class MutualGuidanceMatcher:
+    """Labels anchors by what the model now predicts there (ACCV 2020).
+
+    Args:
+        sigma: greater than 1; the larger, the less the predicted scores matter.
+        positive_iou: see :func:`libra_d2.matching.localize_to_classify`.
+        negative_iou: the same.
+
+    Raises:
+        ValueError: if sigma is not greater than 1 or the thresholds are not ordered.
+    """
+
+    def __init__(self, *, sigma: float, positive_iou: float, negative_iou: float):
+        check_mutual_guidance(positive_iou, negative_iou, sigma)
+        self.sigma = sigma
+        self.thresholds = {"positive_iou": positive_iou, "negative_iou": negative_iou}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "MutualGuidanceMatcher":
+        options = cfg.MODEL.RETINANET
+        negative_iou, positive_iou = options.IOU_THRESHOLDS
+        return cls(
+            sigma=options.MUTUAL_GUIDANCE.SIGMA,
+            positive_iou=positive_iou,
+            negative_iou=negative_iou,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        anchors: Boxes,
+        logits: Tensor,
+        deltas: Tensor,
+        gt_instances: list[Instances],
+        transform: Box2BoxTransform,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Labels a batch, and logs how far the tasks agree.
+
+        - ``mutual_guidance/agreed_anchors``: anchors an image that are positive for both tasks,
+          with the same ground truth.
+        - ``mutual_guidance/regressed_iou``: mean IoU of the boxes predicted at the positives of
+          classification with their ground truths.
+
+        Args:
+            anchors: R boxes, in pixels.
+            logits: (N, R, K).
+            deltas: (N, R, 4).
+            gt_instances: ground truths of each of N images.
+            transform: makes boxes of anchors and deltas.
+
+        Returns:
+            For each image the classes to learn, (R,) int64 in [-1, K] with -1 ignored and K
+            background; the boxes to regress to, (R, 4); the classes of the anchors that regress,
+            (R,) int64 in [0, K], K for those that do not.
+        """
+        labels = [
+            self._label(anchors, image_logits, transform.apply_deltas(d, anchors.tensor), gt)
+            for image_logits, d, gt in zip(logits, deltas, gt_instances, strict=True)
+        ]
+        self._log(labels)
+        return (
+            [image.gt_labels for image in labels],
+            [image.gt_boxes for image in labels],
+            [image.box_labels for image in labels],
+        )
+
+    def _label(self, anchors: Boxes, logits: Tensor, pred_boxes: Tensor, gt: Instances) -> _Labels:
+        num_anchors, background = logits.shape
+        if len(gt) == 0:
+            labels = torch.full((num_anchors,), background, device=logits.device)
+            zero = logits.new_zeros((), dtype=torch.float32)
+            return _Labels(labels, labels, torch.zeros_like(anchors.tensor), zero, zero, zero)
+        anchor_ious = pairwise_iou(gt.gt_boxes, anchors)
+        regressed_ious = pairwise_iou(gt.gt_boxes, Boxes(pred_boxes))
+        scores = logits.index_select(1, gt.gt_classes).float().sigmoid().t()  # (G, R)
+        cls_gt, cls_labels = localize_to_classify(anchor_ious, regressed_ious, **self.thresholds)
+        box_gt, box_labels = classify_to_localize(
+            anchor_ious, scores, sigma=self.sigma, **self.thresholds
+        )
+
+        gt_labels = torch.where(cls_labels == 1, gt.gt_classes[cls_gt], background)
+        is_positive = cls_labels == 1
+        ious = regressed_ious.gather(0, cls_gt.unsqueeze(0)).squeeze(0)
+        return _Labels(
+            gt_labels=gt_labels.masked_fill(cls_labels == -1, -1),
+            box_labels=torch.where(box_labels == 1, gt.gt_classes[box_gt], background),
+            gt_boxes=gt.gt_boxes.tensor[box_gt],
+            num_agreed=(is_positive & (box_labels == 1) & (cls_gt == box_gt)).sum(),
+            num_positives=is_positive.sum(),
+            sum_ious=ious[is_positive].sum(),
+        )
+
+    def _log(self, labels: list[_Labels]) -> None:
+        rows = [torch.stack([i.num_agreed, i.num_positives, i.sum_ious]) for i in labels]
+        num_agreed, num_positives, sum_ious = torch.stack(rows).sum(dim=0).tolist()
+        storage = get_event_storage()
+        storage.put_scalar("mutual_guidance/agreed_anchors", num_agreed / len(labels))
+        if num_positives > 0:
+            storage.put_scalar("mutual_guidance/regressed_iou", sum_ious / num_positives)
+
+
+# A matcher a line: its name in the config and how it is made from the config. None leaves the
+# labels to detectron2's own matcher.
+MATCHERS = {
+    "max_iou": None,
+    "mutual_guidance": MutualGuidanceMatcher.from_config,
+}

@@ -1,0 +1,94 @@
+"""Hard examples: the largest losses, with and without NMS."""
+
+import pytest
+import torch
+from torchvision.ops import nms
+
+from libra_d2.sampling import sample_hard, sample_hard_nms
+
+
+class TestSampleHard:
+    def test_keeps_the_largest_losses_of_the_candidates(self):
+        losses = torch.tensor([0.5, 3.0, 1.0, 2.0, 9.0])
+        candidates = torch.tensor([True, True, True, True, False])
+        kept = sample_hard(losses, candidates, 2)
+        assert kept.tolist() == [False, True, False, True, False]
+
+    @pytest.mark.parametrize("num_samples", [0, 3, 4, 100])
+    def test_counts(self, num_samples):
+        candidates = torch.tensor([True, False, True, True, True])
+        kept = sample_hard(torch.rand(5), candidates, num_samples)
+        assert kept.sum() == min(num_samples, 4) and not (kept & ~candidates).any()
+
+    def test_rows_with_numbers_of_their_own(self, generator):
+        losses = torch.rand(2, 3, 50, generator=generator)
+        candidates = torch.rand(2, 3, 50, generator=generator) < 0.5
+        numbers = torch.tensor([[0, 5, 10], [50, 1, 2]])
+        kept = sample_hard(losses, candidates, numbers)
+        for i in range(2):
+            for j in range(3):
+                own = losses[i, j][candidates[i, j]].sort(descending=True).values
+                n = min(int(numbers[i, j]), len(own))
+                assert torch.equal(losses[i, j][kept[i, j]].sort(descending=True).values, own[:n])
+
+    def test_of_equal_losses_the_first(self):
+        kept = sample_hard(torch.ones(5), torch.ones(5, dtype=torch.bool), 2)
+        assert kept.tolist() == [True, True, False, False, False]
+
+    def test_infinite_losses_are_losses(self):
+        losses = torch.tensor([float("inf"), -float("inf"), 0.0])
+        assert sample_hard(losses, torch.ones(3, dtype=torch.bool), 3).all()
+
+    @pytest.mark.parametrize("shape", [(0,), (2, 0)])
+    def test_empty(self, shape):
+        assert (
+            sample_hard(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), 3).shape == shape
+        )
+
+    @pytest.mark.parametrize(
+        ("losses", "candidates", "num_samples", "match"),
+        [
+            (torch.zeros(3), torch.zeros(3), 1, "must be a bool mask"),
+            (torch.zeros(2), torch.zeros(3, dtype=torch.bool), 1, "losses must have the shape"),
+            (torch.zeros(3), torch.zeros(3, dtype=torch.bool), -1, "must not be negative"),
+        ],
+    )
+    def test_bad_input(self, losses, candidates, num_samples, match):
+        with pytest.raises(ValueError, match=match):
+            sample_hard(losses, candidates, num_samples)
+
+
+def crowd(generator, n=400):
+    corner = torch.rand(n, 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + 10 + torch.rand(n, 2, generator=generator) * 10], dim=1)
+    candidates = torch.rand(n, generator=generator) < 0.8
+    return torch.rand(n, generator=generator), boxes, candidates
+
+
+class TestSampleHardNms:
+    @pytest.mark.parametrize("num_samples", [0, 1, 4, 16, 1000])
+    @pytest.mark.parametrize("nms_thresh", [0.3, 0.7])
+    def test_is_the_beginning_of_nms_over_all(self, generator, num_samples, nms_thresh):
+        """Also where it has to look at more of the ranking than at first."""
+        losses, boxes, candidates = crowd(generator)
+        slots = candidates.nonzero().squeeze(1)
+        expected = slots[nms(boxes[slots], losses[slots], nms_thresh)][:num_samples]
+        kept = sample_hard_nms(losses, boxes, candidates, num_samples, nms_thresh=nms_thresh)
+        assert torch.equal(kept.nonzero().squeeze(1), expected.sort().values)
+
+    def test_without_overlap_is_sample_hard(self, generator):
+        losses, _, candidates = crowd(generator)
+        corner = torch.arange(400.0).unsqueeze(1).expand(-1, 2) * 10
+        boxes = torch.cat([corner, corner + 5], dim=1)
+        kept = sample_hard_nms(losses, boxes, candidates, 20, nms_thresh=0.5)
+        assert torch.equal(kept, sample_hard(losses, candidates, 20))
+
+    def test_nothing_to_choose_from(self):
+        none = torch.zeros(4, dtype=torch.bool)
+        kept = sample_hard_nms(torch.rand(4), torch.rand(4, 4), none, 2, nms_thresh=0.5)
+        assert not kept.any()
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="boxes must have the shape"):
+            mask = torch.ones(3, dtype=torch.bool)
+            sample_hard_nms(torch.zeros(3), torch.zeros(2, 4), mask, 1, nms_thresh=0.5)
