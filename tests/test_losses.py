@@ -1,4 +1,4 @@
-"""Balanced L1 loss: values, limits, gradients, both references, bad input."""
+"""Losses: values, limits, gradients, both references, bad input."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from libra_d2.losses import balanced_l1_loss
+from libra_d2.losses import balanced_l1_loss, focal_loss
 
 OPTIONS = [(0.5, 1.5, 1.0), (0.2, 1.0, 1.0), (0.5, 1.5, 0.11), (0.3, 2.0, 2.5)]
 
@@ -153,3 +153,67 @@ def test_bad_options(options, match):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match=r"same shape, got \(2,\) and \(2, 1\)"):
         balanced_l1_loss(torch.zeros(2), torch.zeros(2, 1))
+
+
+class TestFocalLoss:
+    def inputs(self, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(40, 5, generator=generator, dtype=dtype) * 3
+        return logits, (torch.rand(40, 5, generator=generator) < 0.3).to(dtype)
+
+    @pytest.mark.parametrize("alpha", [0.25, 0.75, -1.0])
+    @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
+    def test_values(self, alpha, gamma):
+        logits, targets = self.inputs()
+        p_t = torch.where(targets == 1, logits.sigmoid(), 1 - logits.sigmoid())
+        expected = -((1 - p_t) ** gamma) * p_t.log()
+        if alpha >= 0:
+            expected *= torch.where(targets == 1, alpha, 1 - alpha)
+        loss = focal_loss(logits, targets, alpha, gamma)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+        assert torch.equal(focal_loss(logits, targets, alpha, gamma, "sum"), loss.sum())
+
+    def test_gamma_0_is_cross_entropy(self):
+        logits, targets = self.inputs()
+        expected = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        torch.testing.assert_close(focal_loss(logits, targets, alpha=-1, gamma=0.0), expected)
+
+    @pytest.mark.parametrize("gamma", [0.1, 0.5, 2.0])
+    def test_gradient(self, gamma):
+        logits, targets = self.inputs()
+        assert torch.autograd.gradcheck(
+            lambda x: focal_loss(x, targets, gamma=gamma), logits.requires_grad_()
+        )
+
+    @pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0, 2.0])
+    def test_is_finite_for_any_logit(self, gamma):
+        logits = torch.tensor([-1e4, -90.0, -17.5, 0.0, 17.5, 90.0, 1e4], requires_grad=True)
+        for target in (0.0, 1.0):
+            (gradient,) = torch.autograd.grad(
+                focal_loss(logits, torch.full_like(logits, target), gamma=gamma, reduction="sum"),
+                logits,
+            )
+            assert gradient.isfinite().all()
+            assert (gradient[0] if target == 0 else gradient[-1]) == 0
+
+    def test_empty_is_a_differentiable_zero(self):
+        logits = torch.zeros(0, 4, requires_grad=True)
+        focal_loss(logits, torch.zeros(0, 4), reduction="sum").backward()
+        assert logits.grad.shape == (0, 4)
+
+    def test_half_precision_is_computed_in_float32(self):
+        logits, targets = self.inputs(torch.bfloat16)
+        expected = focal_loss(logits.float(), targets.float())
+        assert torch.equal(focal_loss(logits, targets), expected)
+
+    @pytest.mark.parametrize(
+        ("targets", "options", "match"),
+        [
+            (torch.zeros(3), {}, "same shape"),
+            (torch.zeros(2), {"gamma": -1.0}, "gamma >= 0"),
+            (torch.zeros(2), {"reduction": "avg"}, "got 2.0 and 'avg'"),
+        ],
+    )
+    def test_bad_input(self, targets, options, match):
+        with pytest.raises(ValueError, match=match):
+            focal_loss(torch.zeros(2), targets, **options)

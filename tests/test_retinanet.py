@@ -147,6 +147,14 @@ class TestClassificationLosses:
         num_positives = ((labels >= 0) & (labels < 10)).sum()
         torch.testing.assert_close(losses["loss_cls"], expected / (90 + num_positives / 10))
 
+    @pytest.mark.parametrize("gamma", [0.1, 0.5, 2.0])
+    def test_focal_loss_has_a_finite_gradient_for_any_gamma(self, gamma):
+        model, anchors, logits, *rest = one_level("MODEL.RETINANET.FOCAL_LOSS_GAMMA", gamma)
+        logits = (logits * 30).requires_grad_()
+        losses = call_losses(model, anchors, logits, *rest)
+        (gradient,) = torch.autograd.grad(losses["loss_cls"], logits)
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
     @pytest.mark.parametrize("bound", [-1, 1])
     def test_ohem_trains_on_the_hardest(self, bound):
         opts = ["MODEL.RETINANET.CLS_LOSS_TYPE", "ohem", "MODEL.RETINANET.OHEM.NMS_THRESH", 1.0]

@@ -74,4 +74,4 @@ class TestPredict:
 
 
 def test_benchmark_names_what_there_is():
-    fails("benchmark.py", ["samples"], "there is samplers, bfp, iteration")
+    fails("benchmark.py", ["samples"], "there is samplers, bfp, matching")

@@ -21,10 +21,13 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 import torch
-from detectron2.modeling import build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_anchor_generator, build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.sampling import subsample_labels
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -32,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from libra_d2.engine import load_config
 from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
+from libra_d2.modeling import MutualGuidanceMatcher
 from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -185,6 +189,46 @@ def benchmark_bfp(repeats: int) -> None:
     )
 
 
+# ---- matching of Mutual Guidance
+
+
+def benchmark_matching(repeats: int) -> None:
+    """Both labellings of one image against detectron2's one, on all anchors of 800x1216."""
+    anchors = make_anchors((800, 1216)).to(DEVICE)
+    gt = make_inputs((800, 1216), num_images=1, num_objects=30)[0]["instances"].to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(1, len(anchors), 80, generator=generator) - 4).to(DEVICE)
+    deltas = (torch.randn(1, len(anchors), 4, generator=generator) * 0.1).to(DEVICE)
+    max_iou = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+    guided = MutualGuidanceMatcher(sigma=2.0, positive_iou=0.5, negative_iou=0.4)
+    transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+    with EventStorage():
+        seconds = measure(
+            {
+                "pairwise_iou + Matcher (detectron2)": lambda: max_iou(
+                    pairwise_iou(gt.gt_boxes, anchors)
+                ),
+                "Mutual Guidance": lambda: guided(anchors, logits, deltas, [gt], transform),
+            },
+            repeats,
+        )
+    plain = next(iter(seconds.values()))
+    show(
+        f"Matching 30 objects with {len(anchors):,} anchors ({DEVICE})",
+        [(name, 1000 * value, value / plain) for name, value in seconds.items()],
+        ("matching", "ms", "ratio"),
+    )
+
+
+def make_anchors(size: tuple[int, int]) -> Boxes:
+    """RetinaNet's anchors of an image, levels P3 to P7."""
+    cfg = load_config(str(CONFIGS / "Base-RetinaNet.yaml"))
+    strides = [8, 16, 32, 64, 128]
+    generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
+    features = [torch.zeros(1, 1, *(-(-side // stride) for side in size)) for stride in strides]
+    return Boxes.cat(generator(features))
+
+
 # ---- training iteration
 
 
@@ -203,7 +247,7 @@ def make_inputs(size: tuple[int, int], num_images: int, num_objects: int = 12) -
     return inputs
 
 
-def make_iteration(config: str, inputs: list[dict], opts: tuple[str, ...] = ()) -> Callable:
+def make_iteration(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict]) -> Callable:
     """Forward and backward of a model with random weights, which no step changes."""
     cfg = load_config(str(CONFIGS / config), ["MODEL.WEIGHTS", "", *opts])
     torch.manual_seed(0)
@@ -222,14 +266,11 @@ def make_iteration(config: str, inputs: list[dict], opts: tuple[str, ...] = ()) 
     return iteration
 
 
-def benchmark_iteration(repeats: int) -> None:
-    plain = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+def show_iterations(models: dict[str, tuple], repeats: int) -> None:
+    """Measures models, each a config and overrides; ratios are to the first."""
     num_images = 2 if DEVICE == "cuda" else 1
     inputs = make_inputs((800, 1216), num_images)
-    iterations = {
-        "Faster R-CNN (detectron2)": make_iteration("Base-RCNN-FPN.yaml", inputs, plain),
-        "Libra Faster R-CNN": make_iteration("Base-Libra-RCNN-FPN.yaml", inputs),
-    }
+    iterations = {name: make_iteration(*model, inputs=inputs) for name, model in models.items()}
     seconds = measure(iterations, repeats, warmup=1 if DEVICE == "cpu" else 5)
     baseline = next(iter(seconds.values()))
     show(
@@ -239,10 +280,34 @@ def benchmark_iteration(repeats: int) -> None:
     )
 
 
+def benchmark_iteration(repeats: int) -> None:
+    plain = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+    models = {
+        "Faster R-CNN (detectron2)": ("Base-RCNN-FPN.yaml", plain),
+        "Libra Faster R-CNN": ("Base-Libra-RCNN-FPN.yaml",),
+    }
+    show_iterations(models, repeats)
+
+
+def benchmark_retinanet(repeats: int) -> None:
+    models = {
+        "RetinaNet (detectron2)": (
+            "Base-RetinaNet.yaml",
+            ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        ),
+        "RetinaNet": ("Base-RetinaNet.yaml",),
+        "Libra RetinaNet": ("Base-Libra-RetinaNet.yaml",),
+        "Mutual Guidance RetinaNet": ("COCO-Detection/mutual_guidance_retinanet_R_50_FPN_1x.yaml",),
+    }
+    show_iterations(models, repeats)
+
+
 BENCHMARKS = {
     "samplers": benchmark_samplers,
     "bfp": benchmark_bfp,
+    "matching": benchmark_matching,
     "iteration": benchmark_iteration,
+    "retinanet": benchmark_retinanet,
 }
 
 

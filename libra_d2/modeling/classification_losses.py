@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor
 
+from libra_d2.losses import focal_loss
 from libra_d2.sampling import sample_hard, sample_hard_nms
 
 __all__ = ["CLASSIFICATION_LOSSES", "ClassificationLoss", "HardAnchors"]
@@ -100,25 +101,25 @@ class HardAnchors:
         return kept & (~negatives | sample_hard(losses, negatives, bound))
 
 
+def _focal_loss(alpha: float, gamma: float) -> Elementwise:
+    # fvcore's, as in detectron2, but where its gradient would not be finite.
+    function = focal_loss if 0 < gamma < 1 else sigmoid_focal_loss_jit
+    return partial(function, alpha=alpha, gamma=gamma)
+
+
 def _focal(cfg: CfgNode) -> ClassificationLoss:
     options = cfg.MODEL.RETINANET
-    return ClassificationLoss(
-        partial(
-            sigmoid_focal_loss_jit, alpha=options.FOCAL_LOSS_ALPHA, gamma=options.FOCAL_LOSS_GAMMA
-        )
-    )
+    return ClassificationLoss(_focal_loss(options.FOCAL_LOSS_ALPHA, options.FOCAL_LOSS_GAMMA))
 
 
 def _balanced_ce(cfg: CfgNode) -> ClassificationLoss:
     """Alpha-balanced cross entropy: focal loss that does not focus."""
-    alpha = cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA
-    return ClassificationLoss(partial(sigmoid_focal_loss_jit, alpha=alpha, gamma=0.0))
+    return ClassificationLoss(_focal_loss(cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, gamma=0.0))
 
 
 def _ohem(cfg: CfgNode) -> ClassificationLoss:
     options = cfg.MODEL.RETINANET.OHEM
-    # In float32 also under AMP, as focal loss is.
-    cross_entropy = partial(sigmoid_focal_loss_jit, alpha=-1.0, gamma=0.0)
+    cross_entropy = _focal_loss(alpha=-1.0, gamma=0.0)
     return ClassificationLoss(
         cross_entropy,
         HardAnchors(
