@@ -12,6 +12,7 @@ __all__ = [
     "balanced_l1_options",
     "choose",
     "get_key",
+    "pisa_options",
     "suggest",
 ]
 
@@ -44,16 +45,37 @@ def add_libra_config(cfg: CfgNode) -> None:
     # At most this many negatives a positive, and at least this many in all; -1 for no limit.
     cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB = -1
 
-    # ---- Sampling (Libra R-CNN, section 3.1): ROI_HEADS.NAME LibraROIHeads
-    # "random" or "instance_balanced".
+    # ---- Sampling (Libra R-CNN, section 3.1): ROI_HEADS.NAME LibraROIHeads, LibraCascadeROIHeads
+    # "random", "instance_balanced" or "ohem".
     cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
-    # "random" or "iou_balanced".
+    # "random", "iou_balanced", "ohem" or "score_hlr" (PISA's ISR-N).
     cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "random"
     cfg.MODEL.ROI_HEADS.IOU_BALANCED = CfgNode()
     cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS = 3
     # Negatives below this IoU form a set of their own, which gives FLOOR_FRACTION; 0 for none.
     cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU = 0.0
     cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION = 0.0
+
+    # ISR-N (PISA, section 4.2): negatives that score more are clustered by NMS and ranked,
+    cfg.MODEL.ROI_HEADS.SCORE_HLR = CfgNode()
+    cfg.MODEL.ROI_HEADS.SCORE_HLR.SCORE_THRESH = 0.05
+    cfg.MODEL.ROI_HEADS.SCORE_HLR.NMS_THRESH = 0.5
+    # and weigh (BIAS + (1 - BIAS) u) ** K, u falling from 1 at the first rank.
+    cfg.MODEL.ROI_HEADS.SCORE_HLR.K = 0.5
+    cfg.MODEL.ROI_HEADS.SCORE_HLR.BIAS = 0.0
+
+    # ---- PISA (Prime Sample Attention): ROI_HEADS.NAME Libra..., META_ARCHITECTURE LibraRetinaNet
+    # ISR-P (section 4.1): positives weigh by rank, as above.
+    cfg.MODEL.PISA = CfgNode()
+    cfg.MODEL.PISA.ISR_POSITIVE = CfgNode()
+    cfg.MODEL.PISA.ISR_POSITIVE.ENABLED = False
+    cfg.MODEL.PISA.ISR_POSITIVE.K = 2.0
+    cfg.MODEL.PISA.ISR_POSITIVE.BIAS = 0.0
+    # CARL (section 4.3): box losses weigh by the predicted probability of the true class.
+    cfg.MODEL.PISA.CARL = CfgNode()
+    cfg.MODEL.PISA.CARL.ENABLED = False
+    cfg.MODEL.PISA.CARL.K = 1.0
+    cfg.MODEL.PISA.CARL.BIAS = 0.2
 
     # ---- Balanced L1 loss (Libra R-CNN, section 3.3): BBOX_REG_LOSS_TYPE "balanced_l1"
     cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1 = CfgNode()
@@ -138,3 +160,9 @@ def balanced_l1_options(cfg: CfgNode, head: CfgNode) -> dict:
         "beta": options.BETA,
         "reference": cfg.MODEL.LIBRA.REFERENCE,
     }
+
+
+def pisa_options(cfg: CfgNode, part: str) -> dict | None:
+    """``k`` and ``bias`` of a part of PISA, "ISR_POSITIVE" or "CARL"; None if it is off."""
+    options = cfg.MODEL.PISA[part]
+    return {"k": options.K, "bias": options.BIAS} if options.ENABLED else None

@@ -19,7 +19,7 @@ except ValueError:  # blocked by a test
 # These test what needs torch and torchvision alone.
 CORE = {
     f"test_{name}.py"
-    for name in ("core", "sampling", "hard_sampling", "matching", "losses", "layers")
+    for name in ("core", "sampling", "hard_sampling", "matching", "ranking", "losses", "layers")
 }
 
 if HAS_DETECTRON2:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CORE = ("sampling", "matching", "losses", "layers", "quiet")
+CORE = ("sampling", "matching", "ranking", "losses", "layers", "quiet")
 
 
 TESTS = Path(__file__).parent

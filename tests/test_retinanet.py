@@ -236,7 +236,9 @@ class TestMutualGuidance:
         box_labels = torch.full_like(labels, 10)
         box_labels[:, :7] = 3
         both = call_losses(
-            model, anchors, logits, deltas, labels, gt_boxes, box_labels=list(box_labels)
+            model,
+            *(anchors, logits, deltas, labels, gt_boxes),
+            box_targets=(list(box_labels), list(gt_boxes)),
         )
         num_cls = ((labels >= 0) & (labels < 10)).sum().item()
         assert model.loss_normalizer == pytest.approx(90 + num_cls / 10)
@@ -246,7 +248,8 @@ class TestMutualGuidance:
         box_alone = call_losses(one_level()[0], anchors, logits, deltas, box_labels, gt_boxes)
         assert both["loss_cls"] == cls_alone["loss_cls"]
         assert both["loss_box_reg"] == box_alone["loss_box_reg"]
-        call_losses(model, anchors, logits, deltas, labels, gt_boxes, box_labels=list(box_labels))
+        box_targets = (list(box_labels), list(gt_boxes))
+        call_losses(model, anchors, logits, deltas, labels, gt_boxes, box_targets=box_targets)
         assert model.box_loss_normalizer == pytest.approx(0.9 * 91.4 + 1.4)
 
     def label(self, *opts, num_objects=(3, 0, 1)):
@@ -272,7 +275,8 @@ class TestMutualGuidance:
         model, anchors, logits, deltas, gt_instances, labels, logged = self.label()
         agreed, ious = 0, []
         for i, gt in enumerate(gt_instances):
-            gt_labels, gt_boxes, box_labels = (field[i] for field in labels)
+            gt_labels, cls_boxes = labels[0][i], labels[1][i]
+            box_labels, gt_boxes = labels[2][0][i], labels[2][1][i]
             if len(gt) == 0:
                 assert (gt_labels == 10).all() and (box_labels == 10).all()
                 continue
@@ -286,6 +290,7 @@ class TestMutualGuidance:
             assert torch.equal(gt_labels == 10, cls_labels == 0)
             positive, regressed = cls_labels == 1, expected_box == 1
             assert torch.equal(gt_labels[positive], gt.gt_classes[cls_gt[positive]])
+            assert torch.equal(cls_boxes[positive], gt.gt_boxes.tensor[cls_gt[positive]])
             assert torch.equal(box_labels < 10, regressed)
             assert torch.equal(gt_boxes[regressed], gt.gt_boxes.tensor[box_gt[regressed]])
             agreed += (positive & regressed & (cls_gt == box_gt)).sum().item()
@@ -314,7 +319,7 @@ class TestMutualGuidance:
                 )
                 for dtype in (torch.bfloat16, torch.float32)
             )
-        for a, b in zip(half, single, strict=True):
+        for a, b in zip((*half[:2], *half[2]), (*single[:2], *single[2]), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
     def test_nothing_is_logged_of_predictions_where_there_are_no_objects(self):

@@ -11,7 +11,7 @@ from .classification_losses import CLASSIFICATION_LOSSES
 from .fast_rcnn import LibraFastRCNNOutputLayers
 from .mutual_guidance import MATCHERS, MutualGuidanceMatcher
 from .retinanet import LibraRetinaNet
-from .roi_heads import LibraROIHeads
+from .roi_heads import LibraCascadeROIHeads, LibraROIHeads
 from .rpn import LibraRPN
 from .samplers import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS, SamplingMatcher
 
@@ -21,6 +21,7 @@ __all__ = [
     "MATCHERS",
     "NEGATIVE_SAMPLERS",
     "POSITIVE_SAMPLERS",
+    "LibraCascadeROIHeads",
     "LibraFastRCNNOutputLayers",
     "LibraROIHeads",
     "LibraRPN",

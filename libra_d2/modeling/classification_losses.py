@@ -32,25 +32,41 @@ class ClassificationLoss:
 
     Args:
         elementwise: see above.
-        choose: labels what is not to be trained on -1; None for all anchors.
+        hard_anchors: chooses the anchors; None for all.
     """
 
     elementwise: Elementwise
-    choose: "HardAnchors | None" = None
+    hard_anchors: "HardAnchors | None" = None
 
-    def __call__(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-        """The loss, summed.
+    def choose(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+        """``labels``, (N, R), with -1 for anchors that are not to be trained on.
 
         Args:
             logits: (N, R, K).
             labels: (N, R) int64 in [-1, K]; -1 ignored, K background.
             anchors: (R, 4) in pixels.
         """
-        if self.choose is not None:
-            labels = self.choose(logits, labels, anchors)
+        if self.hard_anchors is None:
+            return labels
+        return self.hard_anchors(logits, labels, anchors)
+
+    def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss, summed over anchors and classes.
+
+        Args:
+            logits: (N, R, K).
+            labels: see :meth:`choose`.
+            weights: of each anchor, (N, R); None for 1.
+        """
         trained = labels >= 0
-        logits = logits[trained]
-        return self.elementwise(logits, one_hot(labels[trained], logits), reduction="sum")
+        logits, labels = logits[trained], labels[trained]
+        if weights is None:
+            return self.elementwise(logits, one_hot(labels, logits), reduction="sum")
+        return (self.of_anchors(logits, labels) * weights[trained]).sum()
+
+    def of_anchors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each anchor, (V,), from logits (V, K) and labels (V,)."""
+        return self.elementwise(logits, one_hot(labels, logits), reduction="none").sum(dim=1)
 
 
 def one_hot(labels: Tensor, logits: Tensor) -> Tensor:

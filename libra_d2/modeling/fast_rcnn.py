@@ -1,4 +1,4 @@
-"""Fast R-CNN output layers with the losses of the Libra R-CNN family.
+"""Fast R-CNN output layers with the losses of the balanced family.
 
 Shape shorthand in this module:
 
@@ -9,37 +9,129 @@ Shape shorthand in this module:
 
 import torch
 from detectron2.config import configurable
+from detectron2.layers import cat
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Instances
+from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import Tensor
+from torch.nn import functional as F
 
-from libra_d2.config import balanced_l1_options
-from libra_d2.losses import balanced_l1_loss
-from libra_d2.losses.balanced_l1 import check_balanced_l1
+from libra_d2.config import balanced_l1_options, choose, pisa_options
+from libra_d2.losses import carl_loss
+from libra_d2.ranking import check_importance, reweight_positives
+
+from .box_losses import BOX_LOSSES, BoxLoss
+from .pisa_log import log_reweighting
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 
 
 class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
-    """detectron2's output layers, with balanced L1 as one more ``box_reg_loss_type``."""
+    """detectron2's output layers, with balanced L1 as one more box loss, and PISA."""
 
     @configurable
-    def __init__(self, input_shape, *, balanced_l1: dict, **kwargs):
+    def __init__(
+        self,
+        input_shape,
+        *,
+        box_loss: BoxLoss,
+        isr_positive: dict | None = None,
+        carl: dict | None = None,
+        **kwargs,
+    ):
         """
         Args:
             input_shape: shape of the input feature.
-            balanced_l1: ``alpha``, ``gamma``, ``beta`` and ``reference`` of
-                :func:`libra_d2.losses.balanced_l1_loss`.
+            box_loss: of each foreground ROI's deltas, proposal and ground truth.
+            isr_positive: ``k`` and ``bias`` of ISR-P; None for off.
+            carl: ``k`` and ``bias`` of CARL; None for off.
             kwargs: see :class:`FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, **kwargs)
-        check_balanced_l1(**balanced_l1)
-        self.balanced_l1 = balanced_l1
+        for options in (isr_positive, carl):
+            if options is not None:
+                check_importance(**options)
+        self.box_loss = box_loss
+        self.isr_positive = isr_positive
+        self.carl = carl
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        ret = super().from_config(cfg, input_shape)
-        ret["balanced_l1"] = balanced_l1_options(cfg, cfg.MODEL.ROI_BOX_HEAD)
-        return ret
+        head = cfg.MODEL.ROI_BOX_HEAD
+        make_box_loss = choose("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", cfg, BOX_LOSSES)
+        return {
+            **super().from_config(cfg, input_shape),
+            "box_loss": make_box_loss(head.SMOOTH_L1_BETA, balanced_l1_options(cfg, head)),
+            "isr_positive": pisa_options(cfg, "ISR_POSITIVE"),
+            "carl": pisa_options(cfg, "CARL"),
+        }
+
+    def losses(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        """The parent's losses; where proposals weigh differently, classification is by weight.
+
+        Args:
+            predictions: logits (R, K + 1) and deltas (R, 4) or (R, 4 * K).
+            proposals: of each image, as they come from :class:`LibraROIHeads`: with
+                ``gt_indices`` where there are ground truths, and ``loss_weights`` if the sampler
+                weighs them.
+
+        Returns:
+            ``loss_cls`` and ``loss_box_reg``, and with CARL ``loss_carl``.
+        """
+        losses = super().losses(predictions, proposals)
+        is_weighted = any(p.has("loss_weights") for p in proposals)
+        if self.isr_positive is None and self.carl is None and not is_weighted:
+            return losses
+        logits, deltas = predictions
+        gt_classes = cat([p.gt_classes for p in proposals])
+        num_rois = max(len(gt_classes), 1)
+        if self.isr_positive is not None or is_weighted:
+            cross_entropy = F.cross_entropy(logits, gt_classes, reduction="none")
+            weights = self.classification_weights(predictions, proposals, cross_entropy.detach())
+            loss = (cross_entropy * weights).sum() / num_rois
+            losses["loss_cls"] = loss * self.loss_weight.get("loss_cls", 1.0)
+        if self.carl is not None:
+            foreground = self._foreground(gt_classes)
+            probs = logits.softmax(dim=1)[foreground, gt_classes[foreground]]
+            box_losses = self._box_losses(*_boxes(proposals), deltas, gt_classes)
+            loss = carl_loss(probs, box_losses, normalizer=num_rois, **self.carl)
+            losses["loss_carl"] = loss * self.loss_weight.get("loss_box_reg", 1.0)
+        return losses
+
+    @torch.no_grad()
+    def classification_weights(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances], losses: Tensor
+    ) -> Tensor:
+        """The weight of each ROI in the classification loss, (R,): the sampler's and ISR-P's.
+
+        Args:
+            predictions: see :meth:`losses`.
+            proposals: the same.
+            losses: classification loss of each ROI, (R,).
+        """
+        gt_classes = cat([p.gt_classes for p in proposals])
+        if all(p.has("loss_weights") for p in proposals):
+            weights = cat([p.loss_weights for p in proposals])
+        else:
+            weights = torch.ones_like(losses)
+        foreground = self._foreground(gt_classes)
+        if self.isr_positive is None or len(foreground) == 0:
+            return weights
+        proposal_boxes, gt_boxes = _boxes(proposals)
+        deltas = self.deltas_of(gt_classes[foreground], predictions[1][foreground])
+        boxes = self.box2box_transform.apply_deltas(deltas, proposal_boxes[foreground])
+        own = weights[foreground]
+        reweighted = own * reweight_positives(
+            matched_pairwise_iou(Boxes(boxes), Boxes(gt_boxes[foreground])),
+            _ground_truths(proposals)[foreground],
+            gt_classes[foreground],
+            losses[foreground] * own,
+            **self.isr_positive,
+        )
+        log_reweighting(losses[foreground], own, reweighted)
+        return weights.index_copy(0, foreground, reweighted.to(weights.dtype))
 
     def box_reg_loss(
         self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor
@@ -52,13 +144,51 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             pred_deltas: (R, 4) class-agnostic or (R, 4 * K).
             gt_classes: (R,) in [0, K], K being background.
         """
-        if self.box_reg_loss_type != "balanced_l1":
-            return super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
-        foreground = ((gt_classes >= 0) & (gt_classes < self.num_classes)).nonzero().squeeze(1)
-        target = self.box2box_transform.get_deltas(proposal_boxes[foreground], gt_boxes[foreground])
-        # One set of deltas a ROI if class-agnostic, else one a class: take the true class's.
-        deltas = pred_deltas[foreground].unflatten(1, (-1, target.shape[1]))  # (F, 1 or K, 4)
-        classes = gt_classes[foreground] if deltas.shape[1] > 1 else 0
-        deltas = deltas[torch.arange(len(foreground), device=deltas.device), classes]
-        loss = balanced_l1_loss(deltas, target, reduction="sum", **self.balanced_l1)
-        return loss / max(gt_classes.numel(), 1)
+        losses = self._box_losses(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
+        return losses.sum() / max(gt_classes.numel(), 1)
+
+    def deltas_of(self, classes: Tensor, deltas: Tensor) -> Tensor:
+        """The deltas of each ROI's class, (R, 4), from (R, 4) class-agnostic or (R, 4 * K)."""
+        box_dim = len(self.box2box_transform.weights)
+        deltas = deltas.unflatten(1, (-1, box_dim))
+        index = classes if deltas.shape[1] > 1 else torch.zeros_like(classes)
+        return deltas[torch.arange(len(deltas), device=deltas.device), index]
+
+    def _box_losses(
+        self, proposal_boxes: Tensor, gt_boxes: Tensor, deltas: Tensor, gt_classes: Tensor
+    ) -> Tensor:
+        """Box loss of each foreground ROI, (F, 4) or (F,)."""
+        foreground = self._foreground(gt_classes)
+        return self.box_loss(
+            self.box2box_transform,
+            self.deltas_of(gt_classes[foreground], deltas[foreground]),
+            proposal_boxes[foreground],
+            gt_boxes[foreground],
+        )
+
+    def _foreground(self, gt_classes: Tensor) -> Tensor:
+        """Indices of the foreground ROIs, (F,) int64."""
+        return ((gt_classes >= 0) & (gt_classes < self.num_classes)).nonzero().squeeze(1)
+
+
+def _boxes(proposals: list[Instances]) -> tuple[Tensor, Tensor]:
+    """Proposals and their ground truths, (R, 4) each; where there are none, proposals twice."""
+    boxes = [p.proposal_boxes.tensor for p in proposals]
+    gt_boxes = [(p.gt_boxes if p.has("gt_boxes") else p.proposal_boxes).tensor for p in proposals]
+    return cat(boxes), cat(gt_boxes)
+
+
+def _ground_truths(proposals: list[Instances]) -> Tensor:
+    """A number for each ROI's ground truth, distinct across images, (R,) int64."""
+    numbers, start = [], 0
+    for image in proposals:
+        if image.has("gt_indices"):
+            numbers.append(image.gt_indices + start)
+        else:  # an image without ground truths has no foreground either
+            numbers.append(torch.zeros_like(image.gt_classes))
+        # More than any image has ground truths: a proposal answers to no other's.
+        start += _MOST_GROUND_TRUTHS
+    return cat(numbers)
+
+
+_MOST_GROUND_TRUTHS = 1 << 20

@@ -25,9 +25,10 @@ __all__ = ["MATCHERS", "MutualGuidanceMatcher"]
 class _Labels:
     """The labels of one image, and what is logged about them."""
 
-    gt_labels: Tensor  # (R,) for classification: class in [0, K), K background, -1 ignored
+    cls_labels: Tensor  # (R,) for classification: class in [0, K), K background, -1 ignored
+    cls_boxes: Tensor  # (R, 4), the ground truths they answer to
     box_labels: Tensor  # (R,) for box regression: class in [0, K), K not trained
-    gt_boxes: Tensor  # (R, 4) for box regression
+    box_boxes: Tensor  # (R, 4)
     num_agreed: Tensor  # () positive for both tasks, with the same ground truth
     num_positives: Tensor  # () for classification
     sum_ious: Tensor  # () IoU of the boxes that these predict with their ground truths
@@ -68,7 +69,7 @@ class MutualGuidanceMatcher:
         deltas: Tensor,
         gt_instances: list[Instances],
         transform: Box2BoxTransform,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], tuple[list[Tensor], list[Tensor]]]:
         """Labels a batch, and logs how far the tasks agree.
 
         - ``mutual_guidance/agreed_anchors``: anchors an image that are positive for both tasks,
@@ -85,8 +86,8 @@ class MutualGuidanceMatcher:
 
         Returns:
             For each image the classes to learn, (R,) int64 in [-1, K] with -1 ignored and K
-            background; the boxes to regress to, (R, 4); the classes of the anchors that regress,
-            (R,) int64 in [0, K], K for those that do not.
+            background, and the ground truths these answer to, (R, 4); then the same for box
+            regression, where K means that an anchor does not regress.
         """
         labels = [
             self._label(anchors, image_logits, transform.apply_deltas(d, anchors.tensor), gt)
@@ -94,17 +95,18 @@ class MutualGuidanceMatcher:
         ]
         self._log(labels)
         return (
-            [image.gt_labels for image in labels],
-            [image.gt_boxes for image in labels],
-            [image.box_labels for image in labels],
+            [image.cls_labels for image in labels],
+            [image.cls_boxes for image in labels],
+            ([image.box_labels for image in labels], [image.box_boxes for image in labels]),
         )
 
     def _label(self, anchors: Boxes, logits: Tensor, pred_boxes: Tensor, gt: Instances) -> _Labels:
         num_anchors, background = logits.shape
         if len(gt) == 0:
             labels = torch.full((num_anchors,), background, device=logits.device)
+            boxes = torch.zeros_like(anchors.tensor)
             zero = logits.new_zeros((), dtype=torch.float32)
-            return _Labels(labels, labels, torch.zeros_like(anchors.tensor), zero, zero, zero)
+            return _Labels(labels, boxes, labels, boxes, zero, zero, zero)
         anchor_ious = pairwise_iou(gt.gt_boxes, anchors)
         regressed_ious = pairwise_iou(gt.gt_boxes, Boxes(pred_boxes))
         scores = logits.index_select(1, gt.gt_classes).float().sigmoid().t()  # (G, R)
@@ -113,13 +115,14 @@ class MutualGuidanceMatcher:
             anchor_ious, scores, sigma=self.sigma, **self.thresholds
         )
 
-        gt_labels = torch.where(cls_labels == 1, gt.gt_classes[cls_gt], background)
         is_positive = cls_labels == 1
+        classes = torch.where(is_positive, gt.gt_classes[cls_gt], background)
         ious = regressed_ious.gather(0, cls_gt.unsqueeze(0)).squeeze(0)
         return _Labels(
-            gt_labels=gt_labels.masked_fill(cls_labels == -1, -1),
+            cls_labels=classes.masked_fill(cls_labels == -1, -1),
+            cls_boxes=gt.gt_boxes.tensor[cls_gt],
             box_labels=torch.where(box_labels == 1, gt.gt_classes[box_gt], background),
-            gt_boxes=gt.gt_boxes.tensor[box_gt],
+            box_boxes=gt.gt_boxes.tensor[box_gt],
             num_agreed=(is_positive & (box_labels == 1) & (cls_gt == box_gt)).sum(),
             num_positives=is_positive.sum(),
             sum_ious=ious[is_positive].sum(),

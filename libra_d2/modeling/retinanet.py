@@ -3,6 +3,7 @@
 Shape shorthand in this module:
 
     N: number of images
+    P: number of positives, combined over all images
     R: number of anchors of an image, over all levels
     K: number of classes
 """
@@ -14,15 +15,19 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
+from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from libra_d2.config import balanced_l1_options, choose
+from libra_d2.config import balanced_l1_options, choose, pisa_options
+from libra_d2.losses import carl_loss
+from libra_d2.ranking import reweight_positives
 
 from .backbones import LastLevelP6P7WithoutReLU
 from .box_losses import BOX_LOSSES, BoxLoss
 from .classification_losses import CLASSIFICATION_LOSSES, ClassificationLoss
 from .mutual_guidance import MATCHERS, MutualGuidanceMatcher
+from .pisa_log import log_reweighting
 
 __all__ = ["LibraRetinaNet"]
 
@@ -32,8 +37,8 @@ class LibraRetinaNet(RetinaNet):
     """detectron2's RetinaNet whose losses and matcher are switches.
 
     Switches: ``MODEL.RETINANET.CLS_LOSS_TYPE``, ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``,
-    ``MODEL.RETINANET.MATCHER`` and ``MODEL.LIBRA.REFERENCE``. With all of them at their defaults it
-    computes what its parent does, bit for bit.
+    ``MODEL.RETINANET.MATCHER``, ``MODEL.PISA`` and ``MODEL.LIBRA.REFERENCE``. With all of them at
+    their defaults it computes what its parent does, bit for bit.
     """
 
     @configurable
@@ -45,17 +50,21 @@ class LibraRetinaNet(RetinaNet):
         box_reg_loss_weight: float = 1.0,
         prediction_matcher: MutualGuidanceMatcher | None = None,
         clip_before_nms: bool = False,
+        isr_positive: dict | None = None,
+        carl: dict | None = None,
         **kwargs,
     ):
         """
         Args:
-            cls_loss: of logits, labels and anchors, summed over anchors.
+            cls_loss: of logits and labels, summed over anchors.
             box_loss: of each positive's deltas, anchor and ground truth.
             box_reg_loss_weight: factor of the box loss.
             prediction_matcher: labels anchors by the current predictions; None for detectron2's
                 ``anchor_matcher``, which sees the anchors alone.
             clip_before_nms: whether predicted boxes are clipped to the image, and those outside of
                 it dropped, before NMS; detectron2 does so afterwards.
+            isr_positive: ``k`` and ``bias`` of ISR-P; None for off.
+            carl: ``k`` and ``bias`` of CARL; None for off.
             kwargs: see :class:`RetinaNet`.
         """
         super().__init__(**kwargs)
@@ -64,6 +73,8 @@ class LibraRetinaNet(RetinaNet):
         self.box_reg_loss_weight = box_reg_loss_weight
         self.prediction_matcher = prediction_matcher
         self.clip_before_nms = clip_before_nms
+        self.isr_positive = isr_positive
+        self.carl = carl
 
     @classmethod
     def from_config(cls, cfg):
@@ -85,6 +96,8 @@ class LibraRetinaNet(RetinaNet):
             "box_reg_loss_weight": options.BBOX_REG_LOSS_WEIGHT,
             "prediction_matcher": make_matcher and make_matcher(cfg),
             "clip_before_nms": use_mmdet,
+            "isr_positive": pisa_options(cfg, "ISR_POSITIVE"),
+            "carl": pisa_options(cfg, "CARL"),
         }
 
     def forward_training(self, images, features, predictions, gt_instances: list[Instances]):
@@ -93,14 +106,14 @@ class LibraRetinaNet(RetinaNet):
         if self.prediction_matcher is None:
             gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
             return self.losses(anchors, logits, gt_labels, deltas, gt_boxes)
-        gt_labels, gt_boxes, box_labels = self.prediction_matcher(
+        gt_labels, gt_boxes, box_targets = self.prediction_matcher(
             Boxes.cat(anchors),
             cat(logits, dim=1),
             cat(deltas, dim=1),
             gt_instances,
             self.box2box_transform,
         )
-        return self.losses(anchors, logits, gt_labels, deltas, gt_boxes, box_labels)
+        return self.losses(anchors, logits, gt_labels, deltas, gt_boxes, box_targets)
 
     def losses(
         self,
@@ -109,7 +122,7 @@ class LibraRetinaNet(RetinaNet):
         gt_labels: list[Tensor],
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
-        box_labels: list[Tensor] | None = None,
+        box_targets: tuple[list[Tensor], list[Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """Losses of both tasks, each divided by the number of its positives.
 
@@ -118,57 +131,92 @@ class LibraRetinaNet(RetinaNet):
             pred_logits: (N, anchors of the level, K) of each level.
             gt_labels: the classes to learn, (R,) of each image; -1 ignored, K background.
             pred_anchor_deltas: (N, anchors of the level, 4) of each level.
-            gt_boxes: the boxes to regress to, (R, 4) of each image.
-            box_labels: the classes of the anchors that regress, (R,) of each image, where they
-                are not those of ``gt_labels``.
+            gt_boxes: the ground truths that these answer to, (R, 4) of each image.
+            box_targets: labels and ground truths of box regression, in the same form; None for
+                those of classification.
 
         Returns:
-            ``loss_cls`` and ``loss_box_reg``, scalars.
+            ``loss_cls`` and ``loss_box_reg``, and with CARL ``loss_carl``, scalars.
         """
-        anchors, labels = Boxes.cat(anchors).tensor, torch.stack(gt_labels)
+        anchors = Boxes.cat(anchors).tensor
+        logits, deltas = cat(pred_logits, dim=1), cat(pred_anchor_deltas, dim=1)
+        labels, gt_boxes = torch.stack(gt_labels), torch.stack(gt_boxes)
         num_positives = self._is_positive(labels).sum().item()
         get_event_storage().put_scalar("num_pos_anchors", num_positives / len(labels))
         normalizer = self._ema_update("loss_normalizer", max(num_positives, 1), 100)
-        if box_labels is None:
-            positives, box_normalizer = self._is_positive(labels), normalizer
-        else:
-            positives = self._is_positive(torch.stack(box_labels))
-            num_positives = positives.sum().item()
-            box_normalizer = self._ema_update("box_loss_normalizer", max(num_positives, 1), 100)
-        loss_cls = self.classification_loss(cat(pred_logits, dim=1), labels, anchors)
-        loss_box_reg = self.box_reg_loss(
-            anchors, cat(pred_anchor_deltas, dim=1), torch.stack(gt_boxes), positives
-        )
-        return {
-            "loss_cls": loss_cls / normalizer,
-            "loss_box_reg": loss_box_reg / box_normalizer * self.box_reg_loss_weight,
-        }
+        loss_cls = self.classification_loss(anchors, logits, labels, deltas, gt_boxes)
+        losses = {"loss_cls": loss_cls / normalizer}
+        if box_targets is not None:
+            labels, gt_boxes = (torch.stack(images) for images in box_targets)
+            num_positives = self._is_positive(labels).sum().item()
+            normalizer = self._ema_update("box_loss_normalizer", max(num_positives, 1), 100)
+        box_losses = self.box_reg_losses(anchors, labels, deltas, gt_boxes)
+        losses["loss_box_reg"] = box_losses.sum() / normalizer * self.box_reg_loss_weight
+        if self.carl is not None:
+            positives = self._is_positive(labels)
+            probs = logits[positives].sigmoid().gather(1, labels[positives].unsqueeze(1))
+            loss_carl = carl_loss(probs.squeeze(1), box_losses, normalizer=normalizer, **self.carl)
+            losses["loss_carl"] = loss_carl * self.box_reg_loss_weight
+        return losses
 
-    def classification_loss(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    def classification_loss(
+        self, anchors: Tensor, logits: Tensor, labels: Tensor, deltas: Tensor, gt_boxes: Tensor
+    ) -> Tensor:
         """Classification loss, summed over the anchors that are trained on.
 
         Args:
+            anchors: (R, 4) in pixels.
             logits: (N, R, K).
             labels: (N, R) int64 in [-1, K]; -1 ignored, K background.
-            anchors: (R, 4) in pixels.
+            deltas: (N, R, 4); read with ISR-P only, as are:
+            gt_boxes: (N, R, 4) in pixels.
         """
-        return self.cls_loss(logits, labels, anchors)
+        labels = self.cls_loss.choose(logits, labels, anchors)
+        if self.isr_positive is None:
+            return self.cls_loss(logits, labels)
+        weights = self.classification_weights(anchors, logits, labels, deltas, gt_boxes)
+        return self.cls_loss(logits, labels, weights)
 
-    def box_reg_loss(
-        self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor, positives: Tensor
+    @torch.no_grad()
+    def classification_weights(
+        self, anchors: Tensor, logits: Tensor, labels: Tensor, deltas: Tensor, gt_boxes: Tensor
     ) -> Tensor:
-        """Box regression loss, summed over the positives.
+        """ISR-P's weight of each anchor in the classification loss, (N, R); 1 for negatives."""
+        positives = self._is_positive(labels)
+        images, slots = positives.nonzero(as_tuple=True)
+        classes, gt_boxes = labels[positives], gt_boxes[positives]
+        boxes = self.box2box_transform.apply_deltas(deltas[positives], anchors[slots])
+        # The same box in the same image is the same ground truth.
+        rows = torch.cat([images.to(gt_boxes.dtype).unsqueeze(1), gt_boxes], dim=1)
+        losses = self.cls_loss.of_anchors(logits[positives], classes)
+        reweighted = reweight_positives(
+            matched_pairwise_iou(Boxes(boxes), Boxes(gt_boxes)),
+            rows.unique(dim=0, return_inverse=True)[1],
+            classes,
+            losses,
+            **self.isr_positive,
+        )
+        log_reweighting(losses, torch.ones_like(reweighted), reweighted)
+        weights = torch.ones(labels.shape, dtype=reweighted.dtype, device=labels.device)
+        weights[positives] = reweighted
+        return weights
+
+    def box_reg_losses(
+        self, anchors: Tensor, labels: Tensor, deltas: Tensor, gt_boxes: Tensor
+    ) -> Tensor:
+        """Box regression loss of each positive, (P, 4) or (P,).
 
         Args:
             anchors: (R, 4) in pixels.
+            labels: (N, R) int64 in [-1, K]; positives are in [0, K).
             deltas: (N, R, 4).
             gt_boxes: (N, R, 4) in pixels; read for positives only.
-            positives: bool mask, (N, R).
         """
+        positives = self._is_positive(labels)
         sources = anchors.expand_as(gt_boxes)[positives]
         return self.box_loss(
             self.box2box_transform, deltas[positives], sources, gt_boxes[positives]
-        ).sum()
+        )
 
     def _is_positive(self, labels: Tensor) -> Tensor:
         return (labels >= 0) & (labels != self.num_classes)

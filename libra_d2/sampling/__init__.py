@@ -13,7 +13,7 @@ Shape shorthand in this package:
 """
 
 from .balanced import sample_instance_balanced_positives, sample_iou_balanced_negatives
-from .hard import sample_hard, sample_hard_nms
+from .hard import sample_hard, sample_hard_nms, sample_score_hlr_negatives
 from .masks import sample_random
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "sample_instance_balanced_positives",
     "sample_iou_balanced_negatives",
     "sample_random",
+    "sample_score_hlr_negatives",
 ]

@@ -1,14 +1,16 @@
-"""Hard examples: the candidates with the largest losses."""
+"""Hard examples: the candidates with the largest losses (OHEM) or scores (PISA)."""
 
 import math
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import box_iou, nms
 
-from .masks import check, count_so_far, undo
+from libra_d2.ranking import check_importance, hierarchical_local_rank, importance_weights
 
-__all__ = ["sample_hard", "sample_hard_nms"]
+from .masks import check, count_so_far, sample_random, undo
+
+__all__ = ["sample_hard", "sample_hard_nms", "sample_score_hlr_negatives"]
 
 
 def sample_hard(losses: Tensor, candidates: Tensor, num_samples: int | Tensor) -> Tensor:
@@ -67,3 +69,74 @@ def sample_hard_nms(
             kept[survivors[:num_samples]] = True
             return kept
         num_seen *= 2
+
+
+def sample_score_hlr_negatives(
+    scores: Tensor,
+    boxes: Tensor,
+    candidates: Tensor,
+    num_samples: int | Tensor,
+    *,
+    score_thresh: float = 0.05,
+    nms_thresh: float = 0.5,
+    k: float = 0.5,
+    bias: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keeps the negatives of the highest score-based hierarchical local ranks (PISA's ISR-N).
+
+    Negatives that score above the threshold are clustered by NMS, ranked inside their clusters and
+    then over all (section 3.2); the first are kept, and random others fill up with the lowest
+    weight.
+
+    Args:
+        scores: each candidate's largest foreground probability, float (N,).
+        boxes: the box predicted for that class, (N, 4), x1, y1, x2, y2.
+        candidates: bool mask of the negatives, (N,).
+        num_samples: how many to keep; an int or an integer scalar tensor.
+        score_thresh: only negatives that score more are ranked.
+        nms_thresh: a box joins the cluster of the highest-scoring box that it overlaps by this IoU
+            or more.
+        k: of :func:`libra_d2.ranking.importance_weights`.
+        bias: the same.
+        generator: source of randomness on the device of ``candidates``.
+
+    Returns:
+        Bool mask, (N,), True ``min(num_samples, candidates)`` times; weights of those kept, before
+        the scale that preserves their loss, float32 (N,), 0 for the others.
+
+    Raises:
+        ValueError: if shapes differ, ``candidates`` is not bool, ``num_samples`` is negative or k
+            or bias is out of its range.
+    """
+    check_importance(k, bias)
+    wanted = check(candidates, num_samples, scores=scores, boxes=boxes[..., 0])
+    wanted = torch.as_tensor(wanted, device=candidates.device).reshape(())
+    valid = candidates & (scores > score_thresh)
+    # Ranks among the valid alone: all others make up a class of their own.
+    clusters = _nms_clusters(boxes, scores.masked_fill(~valid, -1.0), nms_thresh)
+    ranks = hierarchical_local_rank(scores, clusters, (~valid).long())
+    num_valid, num_kept = valid.sum(), torch.minimum(candidates.sum(), wanted)
+    by_rank = valid & (ranks < wanted)
+    num_random = (wanted - num_valid).clamp(min=0)
+    at_random = sample_random(candidates & ~valid, num_random, generator=generator)
+
+    # Those drawn at random weigh as much as the last that was ranked.
+    last = (torch.minimum(num_valid, wanted) - 1).clamp(min=0)
+    num_ranked = torch.maximum(num_kept, num_valid).clamp(min=1)
+    weights = importance_weights(torch.where(by_rank, ranks, last), num_ranked, k=k, bias=bias)
+    kept = by_rank | at_random
+    return kept, weights.masked_fill(~kept, 0.0)
+
+
+def _nms_clusters(boxes: Tensor, scores: Tensor, nms_thresh: float) -> Tensor:
+    """The number of the box, among those that survive NMS, that each box belongs to: (N,) int64."""
+    boxes, scores = boxes.float(), scores.float()
+    # NMS suppresses what overlaps by more than its threshold; here, by as much too.
+    just_below = torch.tensor(nms_thresh).nextafter(torch.tensor(-1.0)).item()
+    leaders = nms(boxes, scores, just_below)  # by descending score
+    clusters = torch.zeros_like(scores, dtype=torch.int64)
+    if len(leaders) > 0:
+        clusters = (box_iou(boxes, boxes[leaders]) > just_below).long().argmax(dim=1)
+    clusters[leaders] = torch.arange(len(leaders), device=clusters.device)
+    return clusters
