@@ -10,6 +10,7 @@ from .config import background_threshold, balanced_l1_options, choose, get_key
 from .layers import REFINE_TYPES
 from .losses.balanced_l1 import REFERENCES, check_balanced_l1
 from .matching import check_mutual_guidance
+from .ranking import check_importance
 
 __all__ = ["check_config"]
 
@@ -23,6 +24,8 @@ FRACTIONS = (
     "MODEL.ROI_HEADS.POSITIVE_FRACTION",
     "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU",
     "MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION",
+    "MODEL.ROI_HEADS.SCORE_HLR.SCORE_THRESH",
+    "MODEL.ROI_HEADS.SCORE_HLR.NMS_THRESH",
     "MODEL.RETINANET.OHEM.NMS_THRESH",
 )
 AT_LEAST_ONE = (
@@ -37,19 +40,34 @@ AT_LEAST_ONE = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.MAX_ITER",
 )
+# Where k and bias of PISA's three parts are.
+IMPORTANCE = ("MODEL.ROI_HEADS.SCORE_HLR", "MODEL.PISA.ISR_POSITIVE", "MODEL.PISA.CARL")
+# These need the softmax over classes and background.
+SOFTMAX_SWITCHES = (
+    ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", ("ohem",)),
+    ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", ("ohem", "score_hlr")),
+    ("MODEL.PISA.ISR_POSITIVE.ENABLED", (True,)),
+    ("MODEL.PISA.CARL.ENABLED", (True,)),
+)
 NEGATIVE_BOUNDS = ("MODEL.RPN.NEGATIVE_POSITIVE_UB", "MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB")
 # What detectron2's own classes do not read: the key, its values that ask for nothing new, the key
 # of the class, and the class that reads it.
 _META, _HEADS = "MODEL.META_ARCHITECTURE", "MODEL.ROI_HEADS.NAME"
-NEW_SWITCHES = (
+TWO_STAGE_SWITCHES = (
     ("MODEL.ROI_HEADS.POSITIVE_SAMPLER", ("random",), _HEADS, "LibraROIHeads"),
     ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", ("random",), _HEADS, "LibraROIHeads"),
     ("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", BOX_REG_LOSSES[:-1], _HEADS, "LibraROIHeads"),
+    ("MODEL.PISA.ISR_POSITIVE.ENABLED", (False,), _HEADS, "LibraROIHeads"),
+    ("MODEL.PISA.CARL.ENABLED", (False,), _HEADS, "LibraROIHeads"),
     ("MODEL.RPN.NEGATIVE_POSITIVE_UB", (-1,), "MODEL.PROPOSAL_GENERATOR.NAME", "LibraRPN"),
+)
+ONE_STAGE_SWITCHES = (
     ("MODEL.RETINANET.MATCHER", ("max_iou",), _META, "LibraRetinaNet"),
     ("MODEL.RETINANET.CLS_LOSS_TYPE", ("focal",), _META, "LibraRetinaNet"),
     ("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", BOX_REG_LOSSES[:-1], _META, "LibraRetinaNet"),
     ("MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", (1.0,), _META, "LibraRetinaNet"),
+    ("MODEL.PISA.ISR_POSITIVE.ENABLED", (False,), _META, "LibraRetinaNet"),
+    ("MODEL.PISA.CARL.ENABLED", (False,), _META, "LibraRetinaNet"),
 )
 DETECTRON2_CLASSES = (
     *("StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "RPN"),
@@ -80,6 +98,12 @@ def check_config(cfg: CfgNode) -> None:
         bound = get_key(cfg, key)
         if bound != -1 and bound < 1:
             raise ValueError(f"{key} must be -1 (no bound) or at least 1, got {bound}")
+    for part in IMPORTANCE:
+        options = get_key(cfg, part)
+        try:
+            check_importance(options.K, options.BIAS)
+        except ValueError as error:
+            raise ValueError(f"{part}: {error}") from None
     _check_switches(cfg)
     if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
         _check_two_stage(cfg)
@@ -89,17 +113,23 @@ def check_config(cfg: CfgNode) -> None:
 
 def _check_switches(cfg: CfgNode) -> None:
     """Refuses a switch that the model does not read: it would do nothing, silently."""
-    for key, nothing_new, reader, needed in NEW_SWITCHES:
+    is_one_stage = cfg.MODEL.META_ARCHITECTURE in ONE_STAGE
+    own, other = TWO_STAGE_SWITCHES, ONE_STAGE_SWITCHES
+    if is_one_stage:
+        own, other = other, own
+    for key, nothing_new, reader, needed in own:
         value, name = get_key(cfg, key), get_key(cfg, reader)
-        if value in nothing_new:
-            continue
-        if reader != _META and cfg.MODEL.META_ARCHITECTURE in ONE_STAGE:
-            raise ValueError(
-                f"{key} {value} needs a two-stage {_META} such as GeneralizedRCNN, "
-                f"got {cfg.MODEL.META_ARCHITECTURE}"
-            )
-        if name in DETECTRON2_CLASSES:
+        if value not in nothing_new and name in DETECTRON2_CLASSES:
             raise ValueError(f"{key} {value} needs {reader} {needed}, got {name}")
+    needed = (
+        "of a two-stage detector, such as GeneralizedRCNN" if is_one_stage else "LibraRetinaNet"
+    )
+    own_keys = {key for key, *_ in own}
+    for key, nothing_new, *_ in other:
+        value = get_key(cfg, key)
+        if value not in nothing_new and key not in own_keys:
+            name = cfg.MODEL.META_ARCHITECTURE
+            raise ValueError(f"{key} {value} needs {_META} {needed}, got {name}")
 
 
 def _check_two_stage(cfg: CfgNode) -> None:
@@ -110,6 +140,11 @@ def _check_two_stage(cfg: CfgNode) -> None:
             f"MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS must be at most {MAX_IOU_BINS}, got {num_bins}"
         )
     _check_box_loss(cfg, "ROI_BOX_HEAD")
+    for key, values in SOFTMAX_SWITCHES:
+        if get_key(cfg, key) in values and cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE:
+            raise ValueError(
+                f"{key} {get_key(cfg, key)} needs MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False"
+            )
     _check_thresholds(cfg, "RPN")
     _check_thresholds(cfg, "ROI_HEADS")
     floor_iou = cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU

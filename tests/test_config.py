@@ -79,6 +79,21 @@ def test_device_is_what_there_is_unless_given():
             ["MODEL.RETINANET.MATCHER", "mutual_guidance"],
             "MATCHER mutual_guidance needs MODEL.META_ARCHITECTURE LibraRetinaNet, got Generalized",
         ),
+        (["MODEL.PISA.ISR_POSITIVE.K", 0.0], "MODEL.PISA.ISR_POSITIVE: .*k must be greater than 0"),
+        (["MODEL.PISA.CARL.BIAS", 1.5], r"MODEL.PISA.CARL: .*bias must be in \[0, 1\], got 1.5"),
+        (["MODEL.ROI_HEADS.SCORE_HLR.K", -1.0], "MODEL.ROI_HEADS.SCORE_HLR: .*k must be"),
+        (["MODEL.ROI_HEADS.SCORE_HLR.NMS_THRESH", 1.5], "SCORE_HLR.NMS_THRESH must be in"),
+        (
+            [
+                *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "score_hlr"),
+                *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
+            ],
+            "NEGATIVE_SAMPLER score_hlr needs MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "LibraRetinaNet"],
+            "needs MODEL.META_ARCHITECTURE of a two-stage detector, such as GeneralizedRCNN",
+        ),
         (["MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]], "RPN.IOU_THRESHOLDS must be .*ascending"),
     ],
 )
@@ -101,7 +116,10 @@ DETECTRON2S = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
             ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "balanced_l1", *DETECTRON2S],
             "BBOX_REG_LOSS_TYPE balanced_l1 needs MODEL.META_ARCHITECTURE LibraRetinaNet",
         ),
-        (["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced"], "needs a two-stage.*got LibraRetin"),
+        (
+            ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_balanced"],
+            "needs.*of a two-stage.*got LibraRetin",
+        ),
         (["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l1"], "BBOX_REG_LOSS_TYPE 'l1' does not exist"),
         ([*GUIDED, "MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA", 1.0], "SIGMA: .*greater than 1, got 1"),
         ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.5, 0.4]], "must be .*ascending, got"),

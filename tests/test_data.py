@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools import mask as mask_util
 
 from libra_d2.data import digits
 from libra_d2.data.digits import SPLITS, Split, make_digits
@@ -47,7 +48,7 @@ def test_boxes_lie_inside_and_some_overlap(coco):
     for a in annotations["annotations"]:
         x, y, w, h = a["bbox"]
         width, height = sizes[a["image_id"]]
-        assert x >= 0 and y >= 0 and x + w <= width and y + h <= height and a["area"] == w * h
+        assert x >= 0 and y >= 0 and x + w <= width and y + h <= height
         by_image.setdefault(a["image_id"], []).append((x, y, x + w, y + h))
     overlaps = 0
     for boxes in by_image.values():
@@ -55,6 +56,24 @@ def test_boxes_lie_inside_and_some_overlap(coco):
             for b in boxes[:i]:
                 overlaps += min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
     assert overlaps > 50
+
+
+def test_masks_fill_their_boxes(coco):
+    annotations, _ = coco
+    sizes = {i["id"]: (i["width"], i["height"]) for i in annotations["images"]}
+    for a in annotations["annotations"][:200]:
+        width, height = sizes[a["image_id"]]
+        x, y, w, h = a["bbox"]
+        mask = mask_util.decode(
+            mask_util.merge(mask_util.frPyObjects(a["segmentation"], height, width))
+        )
+        outside = mask.copy()
+        outside[y : y + h, x : x + w] = 0
+        ys, xs = np.nonzero(mask)
+        assert outside.sum() == 0
+        assert max(abs(xs.min() - x), abs(xs.max() + 1 - x - w)) <= 1
+        assert max(abs(ys.min() - y), abs(ys.max() + 1 - y - h)) <= 1
+        assert abs(mask.sum() - a["area"]) <= 0.2 * a["area"] + 5 and mask.sum() < 0.95 * w * h + 5
 
 
 def test_boxes_fit_the_ink():

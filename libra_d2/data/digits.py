@@ -114,14 +114,16 @@ class _Coco:
         self.images.append(
             {"id": image_id, "file_name": file_name, "height": height, "width": width}
         )
-        for label, (x, y, w, h) in zip(scene.labels, scene.boxes, strict=True):
+        for label, box, mask in zip(scene.labels, scene.boxes, scene.masks, strict=True):
+            polygons = [np.float32(polygon).reshape(-1, 2) for polygon in mask]
             self.annotations.append(
                 {
                     "id": len(self.annotations) + 1,
                     "image_id": image_id,
                     "category_id": label + 1,
-                    "bbox": [x, y, w, h],
-                    "area": w * h,
+                    "bbox": list(box),
+                    "segmentation": mask,
+                    "area": round(sum(map(cv2.contourArea, polygons)), 2),
                     "iscrowd": 0,
                 }
             )

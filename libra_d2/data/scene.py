@@ -19,6 +19,7 @@ _CLASS_PROBABILITIES /= _CLASS_PROBABILITIES.sum()
 _MIN_SIZE, _MAX_SIZE = 14, 150  # height of a digit before it is turned, in pixels
 _MAX_OBJECTS = 20
 _MAX_COVERED = 0.35  # of an object's box by any other's
+_INK = 90  # a pixel of a stencil belongs to the digit if it is brighter
 # Mirrored, the other digits look like digits.
 _MIRRORED = (3, 4, 6, 7, 9)
 # Letters that don't look like digits.
@@ -27,11 +28,15 @@ _GLYPHS = "ACEFHJKLMNPRTUVWXY"
 
 @dataclass
 class Scene:
-    """An image (H, W, 3) uint8 BGR, and its objects: labels in [0, 10), boxes (x, y, w, h)."""
+    """An image (H, W, 3) uint8 BGR, and its objects: labels in [0, 10), boxes (x, y, w, h), masks.
+
+    A mask is a list of polygons, each x0, y0, x1, y1, ... in pixels.
+    """
 
     image: np.ndarray
     labels: list[int] = field(default_factory=list)
     boxes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    masks: list[list[list[float]]] = field(default_factory=list)
 
 
 class SceneMaker:
@@ -76,6 +81,7 @@ class SceneMaker:
             if label is not None:
                 scene.labels.append(label)
                 scene.boxes.append(box)
+                scene.masks.append(_outline(stencil, box))
         noise = rng.normal(0, rng.uniform(0, 6), scene.image.shape)
         scene.image = np.clip(scene.image + noise, 0, 255).astype(np.uint8)
         return scene
@@ -139,10 +145,21 @@ def _turn(stencil: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     shear = rng.uniform(-0.2, 0.2)
     matrix[0] += (0, shear, -shear * center[1])
     stencil = cv2.warpAffine(stencil, matrix, stencil.shape[::-1], flags=cv2.INTER_LINEAR)
-    ys, xs = np.nonzero(stencil > 90)
+    ys, xs = np.nonzero(stencil > _INK)
     if len(ys) == 0:
         return stencil
     return stencil[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+
+
+def _outline(stencil: np.ndarray, box: tuple[int, int, int, int]) -> list[list[float]]:
+    """Polygons, in the image, round the ink of a stencil that is painted into a box."""
+    # Enlarged, so that the outline runs along the edges of pixels, not through their centers.
+    scale = 4
+    ink = np.kron((stencil > _INK).astype(np.uint8), np.ones((scale, scale), np.uint8))
+    contours, _ = cv2.findContours(ink, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    contours = [cv2.approxPolyDP(contour, 0.4 * scale, closed=True) for contour in contours]
+    polygons = [(c.reshape(-1, 2) + 0.5) / scale + box[:2] for c in contours if len(c) >= 3]
+    return [polygon.round(2).flatten().tolist() for polygon in polygons]
 
 
 def _find_place(

@@ -5,15 +5,16 @@ from itertools import pairwise
 
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
-from torch import Tensor, nn
+from torch import Tensor
 
 from libra_d2.config import choose
 from libra_d2.layers import BalancedFeaturePyramid
 
+from .pyramids import build_pyramid, p6p7_from
+
 __all__ = [
-    "LastLevelP6P7WithoutReLU",
     "build_bfp_backbone",
     "build_retinanet_small_resnet_fpn_backbone",
     "build_small_resnet_fpn_backbone",
@@ -82,25 +83,6 @@ def _balance(
     return {**features, **dict(zip(names, balanced, strict=True))}
 
 
-class LastLevelP6P7WithoutReLU(nn.Module):
-    """Makes P7 from P6 without a ReLU between, as mmdetection's RetinaNet does.
-
-    Args:
-        top_block: detectron2's block, whose convolutions it takes over under the same names.
-    """
-
-    def __init__(self, top_block: LastLevelP6P7):
-        super().__init__()
-        self.num_levels = top_block.num_levels
-        self.in_feature = top_block.in_feature
-        self.p6 = top_block.p6
-        self.p7 = top_block.p7
-
-    def forward(self, c5: Tensor) -> list[Tensor]:
-        p6 = self.p6(c5)
-        return [p6, self.p7(p6)]
-
-
 @BACKBONE_REGISTRY.register()
 def build_small_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     """FPN (P2..P6) on a ResNet of one basic block a stage, for training from scratch on a CPU.
@@ -111,7 +93,7 @@ def build_small_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     Raises:
         ValueError: if the widths are not four, or two in a row are the same.
     """
-    return _build_fpn(cfg, _build_small_resnet(cfg, input_shape), LastLevelMaxPool())
+    return build_pyramid(cfg, _build_small_resnet(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
@@ -122,19 +104,7 @@ def build_retinanet_small_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Ba
         ValueError: if the widths are not four, or two in a row are the same.
     """
     bottom_up = _build_small_resnet(cfg, input_shape)
-    in_channels = bottom_up.output_shape()["res5"].channels
-    return _build_fpn(cfg, bottom_up, LastLevelP6P7(in_channels, cfg.MODEL.FPN.OUT_CHANNELS))
-
-
-def _build_fpn(cfg, bottom_up: Backbone, top_block: nn.Module) -> FPN:
-    return FPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_pyramid(cfg, bottom_up, p6p7_from(bottom_up, cfg))
 
 
 def _build_small_resnet(cfg, input_shape: ShapeSpec) -> ResNet:

@@ -23,11 +23,11 @@ from libra_d2.config import balanced_l1_options, choose, pisa_options
 from libra_d2.losses import carl_loss
 from libra_d2.ranking import reweight_positives
 
-from .backbones import LastLevelP6P7WithoutReLU
 from .box_losses import BOX_LOSSES, BoxLoss
 from .classification_losses import CLASSIFICATION_LOSSES, ClassificationLoss
 from .mutual_guidance import MATCHERS, MutualGuidanceMatcher
 from .pisa_log import log_reweighting
+from .pyramids import LastLevelP6P7WithoutReLU
 
 __all__ = ["LibraRetinaNet"]
 
