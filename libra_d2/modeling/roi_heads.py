@@ -9,6 +9,7 @@ from detectron2.layers import cat
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Instances, pairwise_iou
 from torch import Tensor, nn
 
@@ -58,6 +59,22 @@ class _BalancedSampling:
             Predictions(*image, gt.gt_classes)
             for *image, gt in zip(logits.split(sizes), boxes.split(sizes), targets, strict=True)
         ]
+
+    def _sample_proposals(
+        self, matched_idxs: Tensor, matched_labels: Tensor, gt_classes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Samples as the parent does, by the matcher's labels also where there is no ground truth.
+
+        There the parent takes every proposal for background, those too that the matcher has
+        labelled as ignored.
+        """
+        if len(gt_classes) > 0:
+            return super()._sample_proposals(matched_idxs, matched_labels, gt_classes)
+        classes = torch.where(matched_labels == 0, self.num_classes, -1)
+        _, sampled = subsample_labels(
+            classes, self.batch_size_per_image, self.positive_fraction, self.num_classes
+        )
+        return sampled, classes[sampled]
 
     @torch.no_grad()
     def label_and_sample_proposals(
