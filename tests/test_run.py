@@ -4,11 +4,13 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -33,9 +35,28 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     make_digits(Split(num_images=6, seed=5, training=True), folder)
     register_coco_instances("tiny", {}, str(folder / "annotations.json"), str(folder / "images"))
+    make_proposals(folder)
     yield folder
     DatasetCatalog.remove("tiny")
     MetadataCatalog.remove("tiny")
+
+
+def make_proposals(folder):
+    """Precomputed proposals: boxes near the ground truths, and some anywhere."""
+    coco = json.loads((folder / "annotations.json").read_text())
+    rng = np.random.default_rng(0)
+    proposals = {"ids": [], "boxes": [], "objectness_logits": []}
+    for image in coco["images"]:
+        own = [a["bbox"] for a in coco["annotations"] if a["image_id"] == image["id"]]
+        near = np.repeat(np.float32(own).reshape(-1, 4), 10, axis=0)
+        near[:, :2] += rng.normal(0, 3, (len(near), 2))
+        far = rng.uniform((0, 0, 10, 10), (100, 100, 110, 110), (60, 4))
+        boxes = np.concatenate([near, far])
+        boxes[:, 2:] += boxes[:, :2]
+        proposals["ids"].append(image["id"])
+        proposals["boxes"].append(boxes.astype(np.float32))
+        proposals["objectness_logits"].append(rng.normal(size=len(boxes)).astype(np.float32))
+    (folder / "proposals.pkl").write_bytes(pickle.dumps(proposals))
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +74,9 @@ def fresh_loggers():
 def command(config, output, *opts, flags=()):
     """A command line for a toy run on the tiny data set."""
     tiny_data = ("DATASETS.TRAIN", ("tiny",), "DATASETS.TEST", ("tiny",), "OUTPUT_DIR", output)
+    proposals = (str(Path(MetadataCatalog.get("tiny").json_file).with_name("proposals.pkl")),)
+    for split in ("TRAIN", "TEST"):
+        tiny_data += (f"DATASETS.PROPOSAL_FILES_{split}", proposals)
     return ["--config-file", str(CONFIGS / config), *flags, *toy_opts(*tiny_data, *opts)]
 
 
@@ -164,7 +188,7 @@ class TestBadInput:
             (("MODEL.META_ARCHITECTURE", "LibraRCNN"), "META_ARCHITECTURE 'LibraRCNN' does not"),
             (("MODEL.WEIGHTS", __file__), "is not a checkpoint of a torch model"),
             (("MODEL.FPN.NORM", "XX"), "no model can be built from this config: KeyError: 'XX'"),
-            (("MODEL.MASK_ON", True), "lacks 'segmentation' in number 0 of its annotations"),
+            (("MODEL.KEYPOINT_ON", True), "lacks 'keypoints' in number 0 of its annotations"),
             (("MODEL.ROI_HEADS.NUM_CLASSES", 9), "NUM_CLASSES is 9 but data set 'tiny' has 10"),
             (("MODEL.BFP.REFINE_LEVEL", 7), r"REFINE_LEVEL must be in \[0, 4\]"),
             (("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_blanced"), "did you mean 'iou_balanced'"),
@@ -202,6 +226,52 @@ class TestBadInput:
         finally:
             DatasetCatalog.remove("broken")
             MetadataCatalog.remove("broken")
+
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            (None, "PROPOSAL_FILES_TRAIN '.*proposals.pkl' does not exist"),
+            (b"nonsense", "is not a pickle"),
+            (pickle.dumps([1, 2]), "is not a dict of ids, boxes and objectness_logits"),
+            (pickle.dumps({"ids": [1], "boxes": []}), "lacks 'objectness_logits'"),
+            (
+                pickle.dumps({"ids": [1, 2], "boxes": [], "objectness_logits": []}),
+                "has 2 ids, 0 boxes and 0 objectness_logits",
+            ),
+            (
+                pickle.dumps(
+                    {"ids": [1], "boxes": [np.zeros((3, 4))], "objectness_logits": [np.zeros(2)]}
+                ),
+                r"boxes of shape \(3, 4\) and 2 objectness_logits for image 1",
+            ),
+            (
+                pickle.dumps(
+                    {"ids": [2], "boxes": [np.zeros((2, 4))], "objectness_logits": [np.zeros(2)]}
+                ),
+                "has no proposals for 5 of the 6 images of data set 'tiny', among them 1",
+            ),
+            (pickle.dumps(os.system), r"holds posix.system, not only lists and numpy arrays"),
+        ],
+    )
+    def test_precomputed_proposals(self, content, match, tmp_path, capsys):
+        file = tmp_path / "proposals.pkl"
+        if content is not None:
+            file.write_bytes(content)
+        config = "COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml"
+        argv = command(config, tmp_path / "out", "DATASETS.PROPOSAL_FILES_TRAIN", (str(file),))
+        fails(capsys, argv, match)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("opts", "match"),
+        [
+            (("DATASETS.PROPOSAL_FILES_TRAIN", ()), "a file for each of the 1 data sets"),
+            (("MODEL.LOAD_PROPOSALS", False), "PrecomputedProposals needs MODEL.LOAD_PROPOSALS"),
+        ],
+    )
+    def test_precomputed_proposals_that_are_not_named(self, opts, match, tmp_path, capsys):
+        config = "COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml"
+        fails(capsys, command(config, tmp_path / "out", *opts), match)
 
     def test_an_evaluator_that_there_is_not(self, tmp_path, capsys):
         DatasetCatalog.register("odd", list)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from libra_d2.engine import load_config
@@ -22,6 +22,7 @@ TOY = [
     "MODEL.RESNETS.NORM", "BN",  # random weights under frozen statistics explode
     "MODEL.FPN.OUT_CHANNELS", 64,
     "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM", 16,
     "MODEL.ROI_HEADS.NUM_CLASSES", 10,
     "MODEL.RETINANET.NUM_CLASSES", 10,
     "MODEL.RETINANET.NUM_CONVS", 1,
@@ -88,8 +89,8 @@ def train_step(cfg, inputs=None):
     return losses, gradients, {k: v for k, (v, _) in storage.latest().items()}, model
 
 
-def make_inputs(num_objects=(3, 0, 1), size=(96, 128)) -> list[dict]:
-    """A batch for training: an image with each of these numbers of objects."""
+def make_inputs(num_objects=(3, 0, 1), size=(96, 128), masks=False) -> list[dict]:
+    """A batch for training: an image with each of these numbers of objects, masked or not."""
     generator = torch.Generator().manual_seed(0)
     height, width = size
     inputs = []
@@ -99,6 +100,9 @@ def make_inputs(num_objects=(3, 0, 1), size=(96, 128)) -> list[dict]:
         instances = Instances(size)
         instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
         instances.gt_classes = torch.randint(10, (n,), generator=generator)
+        if masks:  # the boxes themselves
+            corners = instances.gt_boxes.tensor[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+            instances.gt_masks = PolygonMasks([[polygon.numpy()] for polygon in corners])
         image = torch.rand(3, height, width, generator=generator) * 255
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
     return inputs

@@ -14,7 +14,7 @@ from .digits import SPLITS
 __all__ = ["check_dataset"]
 
 # Larger annotation files are not read twice.
-_MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 
 
 def check_dataset(
@@ -55,9 +55,9 @@ def check_dataset(
         path = PathManager.get_local_path(metadata.json_file)
         if not os.path.isfile(path):
             raise ValueError(f"data set '{name}': {path} is not a file")
-        if os.path.getsize(path) <= _MAX_BYTES:
+        if os.path.getsize(path) <= MAX_BYTES:
             try:
-                classes = _check_coco(_read_json(path), for_training, fields)
+                classes = _check_coco(read_json(path), for_training, fields)
             except ValueError as error:
                 raise ValueError(f"data set '{name}': {path} {error}") from None
     if classes and num_classes < len(classes):
@@ -67,7 +67,8 @@ def check_dataset(
         )
 
 
-def _read_json(path: str):
+def read_json(path: str):
+    """The content of a json file; ``ValueError`` if it is none."""
     try:
         return json.loads(Path(path).read_text())
     except ValueError:

@@ -18,6 +18,7 @@ from torch import nn
 
 from libra_d2.config import choose, get_key
 from libra_d2.data.checks import check_dataset
+from libra_d2.data.proposals import check_proposals
 
 from .trainer import choose_evaluator
 
@@ -80,6 +81,7 @@ def check_run(
         _check_training(cfg, num_processes)
         _check_run_in(output, resume, overwrite, inputs=(config_file, cfg.MODEL.WEIGHTS))
     _check_datasets(cfg, eval_only)
+    _check_proposals(cfg, eval_only)
     try:
         model = build_model(cfg)
     except ValueError:
@@ -160,6 +162,25 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
     for name in cfg.DATASETS.TEST:
         check_dataset(name, for_training=False, **classes)
         choose_evaluator(name)
+
+
+def _check_proposals(cfg: CfgNode, eval_only: bool) -> None:
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
+            raise ValueError(
+                "MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals needs MODEL.LOAD_PROPOSALS True"
+            )
+        return
+    for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        datasets, key = cfg.DATASETS[split], f"DATASETS.PROPOSAL_FILES_{split}"
+        files = get_key(cfg, key)
+        if len(files) != len(datasets):
+            raise ValueError(
+                f"{key} must name a file for each of the {len(datasets)} data sets of "
+                f"DATASETS.{split}, got {len(files)}"
+            )
+        for dataset, file in zip(datasets, files, strict=True):
+            check_proposals(dataset, file, key)
 
 
 def _check_weights(weights: str, model: nn.Module, name: str) -> None:
