@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from libra_d2.engine import load_config
 from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
-from libra_d2.modeling import MutualGuidanceMatcher
+from libra_d2.modeling import LibraFastRCNNOutputLayers, MutualGuidanceMatcher
 from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -229,6 +229,54 @@ def make_anchors(size: tuple[int, int]) -> Boxes:
     return Boxes.cat(generator(features))
 
 
+# ---- importance-based reweighting
+
+
+def make_box_loss_step(*opts: str) -> Callable:
+    """Losses of the box head for 2 images with 512 ROIs each, 256 of all positive; and backward."""
+    cfg = load_config(str(CONFIGS / "Base-RCNN-FPN.yaml"), opts)
+    torch.manual_seed(0)
+    predictor = LibraFastRCNNOutputLayers(cfg, ShapeSpec(channels=1024)).to(DEVICE)
+    proposals = []
+    for _ in range(2):
+        image = Instances((800, 1216))
+        corner, gt_indices = torch.rand(512, 2) * 700, torch.randint(20, (512,))
+        image.proposal_boxes = Boxes(torch.cat([corner, corner + 50], dim=1))
+        gt_corner = torch.rand(20, 2) * 700
+        image.gt_boxes = Boxes(torch.cat([gt_corner, gt_corner + 60], dim=1)[gt_indices])
+        image.gt_classes = torch.where(torch.arange(512) < 128, gt_indices * 3, 80)
+        image.gt_indices = gt_indices
+        proposals.append(image.to(DEVICE))
+    logits = torch.randn(1024, 81, device=DEVICE, requires_grad=True)
+    deltas = torch.randn(1024, 320, device=DEVICE, requires_grad=True)
+
+    def step() -> None:
+        with EventStorage():
+            losses = predictor.losses((logits, deltas), proposals)
+        torch.autograd.grad(sum(losses.values()), (logits, deltas))
+
+    return step
+
+
+def benchmark_reweighting(repeats: int) -> None:
+    seconds = measure(
+        {
+            "plain": make_box_loss_step(),
+            "ISR-P": make_box_loss_step("MODEL.PISA.ISR_POSITIVE.ENABLED", "True"),
+            "ISR-P and CARL": make_box_loss_step(
+                *("MODEL.PISA.ISR_POSITIVE.ENABLED", "True", "MODEL.PISA.CARL.ENABLED", "True")
+            ),
+        },
+        repeats=repeats * 10,
+    )
+    plain = seconds["plain"]
+    show(
+        f"Losses of the box head, 2 images with 256 positives, forward and backward ({DEVICE})",
+        [(name, 1000 * value, 1000 * (value - plain)) for name, value in seconds.items()],
+        ("losses", "ms", "more than plain, ms"),
+    )
+
+
 # ---- training iteration
 
 
@@ -285,6 +333,11 @@ def benchmark_iteration(repeats: int) -> None:
     models = {
         "Faster R-CNN (detectron2)": ("Base-RCNN-FPN.yaml", plain),
         "Libra Faster R-CNN": ("Base-Libra-RCNN-FPN.yaml",),
+        "PISA Faster R-CNN": (
+            "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml",
+            ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "1000"),  # as many proposals as the others
+        ),
+        "OHEM Faster R-CNN": ("COCO-Detection/ohem_faster_rcnn_R_50_FPN_1x.yaml",),
     }
     show_iterations(models, repeats)
 
@@ -306,6 +359,7 @@ BENCHMARKS = {
     "samplers": benchmark_samplers,
     "bfp": benchmark_bfp,
     "matching": benchmark_matching,
+    "reweighting": benchmark_reweighting,
     "iteration": benchmark_iteration,
     "retinanet": benchmark_retinanet,
 }

@@ -94,7 +94,8 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             losses["loss_cls"] = loss * self.loss_weight.get("loss_cls", 1.0)
         if self.carl is not None:
             foreground = self._foreground(gt_classes)
-            probs = logits.softmax(dim=1)[foreground, gt_classes[foreground]]
+            probs = logits[foreground].softmax(dim=1)
+            probs = probs.gather(1, gt_classes[foreground].unsqueeze(1)).squeeze(1)
             box_losses = self._box_losses(*_boxes(proposals), deltas, gt_classes)
             loss = carl_loss(probs, box_losses, normalizer=num_rois, **self.carl)
             losses["loss_carl"] = loss * self.loss_weight.get("loss_box_reg", 1.0)
@@ -120,7 +121,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         if self.isr_positive is None or len(foreground) == 0:
             return weights
         proposal_boxes, gt_boxes = _boxes(proposals)
-        deltas = self.deltas_of(gt_classes[foreground], predictions[1][foreground])
+        deltas = self.deltas_of(predictions[1], foreground, gt_classes[foreground])
         boxes = self.box2box_transform.apply_deltas(deltas, proposal_boxes[foreground])
         own = weights[foreground]
         reweighted = own * reweight_positives(
@@ -147,12 +148,19 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         losses = self._box_losses(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
         return losses.sum() / max(gt_classes.numel(), 1)
 
-    def deltas_of(self, classes: Tensor, deltas: Tensor) -> Tensor:
-        """The deltas of each ROI's class, (R, 4), from (R, 4) class-agnostic or (R, 4 * K)."""
-        box_dim = len(self.box2box_transform.weights)
-        deltas = deltas.unflatten(1, (-1, box_dim))
-        index = classes if deltas.shape[1] > 1 else torch.zeros_like(classes)
-        return deltas[torch.arange(len(deltas), device=deltas.device), index]
+    def deltas_of(self, deltas: Tensor, rois: Tensor, classes: Tensor) -> Tensor:
+        """The deltas of some ROIs' classes.
+
+        Args:
+            deltas: of all ROIs, (R, 4) class-agnostic or (R, 4 * K).
+            rois: indices into them, (F,).
+            classes: of these, (F,) in [0, K).
+
+        Returns:
+            (F, 4).
+        """
+        deltas = deltas.unflatten(1, (-1, len(self.box2box_transform.weights)))
+        return deltas[rois, classes if deltas.shape[1] > 1 else 0]
 
     def _box_losses(
         self, proposal_boxes: Tensor, gt_boxes: Tensor, deltas: Tensor, gt_classes: Tensor
@@ -161,7 +169,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         foreground = self._foreground(gt_classes)
         return self.box_loss(
             self.box2box_transform,
-            self.deltas_of(gt_classes[foreground], deltas[foreground]),
+            self.deltas_of(deltas, foreground, gt_classes[foreground]),
             proposal_boxes[foreground],
             gt_boxes[foreground],
         )

@@ -51,7 +51,7 @@ class _BalancedSampling:
         with _undisturbed(self.box_head, self.box_predictor):
             predictor, (logits, deltas) = self._predict(features, proposals)
         best = logits[:, :-1].argmax(dim=1)
-        deltas = predictor.deltas_of(best, deltas)
+        deltas = predictor.deltas_of(deltas, torch.arange(len(best), device=best.device), best)
         boxes = cat([p.proposal_boxes.tensor for p in proposals])
         boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
         sizes = [len(p) for p in proposals]
