@@ -105,7 +105,7 @@ def check_config(cfg: CfgNode) -> None:
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from None
     _check_switches(cfg)
-    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
         _check_two_stage(cfg)
     elif cfg.MODEL.META_ARCHITECTURE in ("LibraRetinaNet", "RetinaNet"):
         _check_retinanet(cfg)

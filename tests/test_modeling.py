@@ -35,6 +35,15 @@ class TestAtDefaults:
         torch.testing.assert_close(losses, expected_losses, rtol=0, atol=0)
         torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=0)
 
+    def test_ignored_proposals_of_images_without_objects(self):
+        """There the parent overrides the matcher's labels; so does this, at its defaults."""
+        opts = ["MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.1, 0.5]]
+        opts += ["MODEL.ROI_HEADS.IOU_LABELS", [-1, 0, 1]]
+        inputs = make_inputs((0, 2))
+        losses = train_step(small_config(BASELINE, *opts), inputs)[0]
+        expected = train_step(small_config(BASELINE, *opts, *PLAIN), inputs)[0]
+        torch.testing.assert_close(losses, expected, rtol=0, atol=0)
+
     def test_masks_and_keypoints_draw_the_same_weights(self):
         opts = ["MODEL.MASK_ON", True, "MODEL.KEYPOINT_ON", True]
         opts += ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]

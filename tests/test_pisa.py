@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
@@ -182,8 +183,9 @@ class TestPredictionsOfCandidates:
         image = Predictions(torch.zeros(0, 11), torch.zeros(0, 4), torch.zeros(0))
         with matcher.looking_at([image]):
             pass
-        with pytest.raises(StopIteration):
-            next(matcher._predictions)
+        matcher.matcher = Matcher([0.5], [0, 1])
+        with pytest.raises(RuntimeError, match="needs predictions"):
+            matcher(torch.zeros(1, 3))
 
 
 class TestIsrP:

@@ -146,6 +146,11 @@ class TestCarl:
         carl_loss(p, torch.tensor([0.1, 5.0]), normalizer=1.0).backward()
         assert p.grad[0] < 0 < p.grad[1]
 
+    def test_a_root_of_zero_has_a_finite_gradient(self):
+        p = torch.tensor([0.0, 0.5], requires_grad=True)
+        carl_loss(p, torch.ones(2), k=0.5, bias=0.0, normalizer=1).backward()
+        assert p.grad.isfinite().all()
+
     def test_without_positives_is_a_differentiable_zero(self):
         p = torch.zeros(0, requires_grad=True)
         loss = carl_loss(p, torch.zeros(0, 4), normalizer=5)

@@ -1,5 +1,6 @@
 """LibraRetinaNet: equal to detectron2's at defaults, every switch alone and with every other."""
 
+import copy
 import itertools
 
 import pytest
@@ -363,6 +364,14 @@ class TestMmdetReference:
         model = build_model(small_retinanet(*self.MMDET, "MODEL.RETINANET.PRIOR_PROB", 0.1)).eval()
         detections = model(make_inputs())[0]["instances"]
         assert len(detections) > 0 and detections.pred_boxes.nonempty().all()
+
+
+@pytest.mark.parametrize("switch", [[], ["MODEL.RETINANET.MATCHER", "mutual_guidance"]])
+def test_can_be_copied(switch):
+    model = build_model(small_retinanet(*switch)).train()
+    with EventStorage():
+        losses = copy.deepcopy(model)(make_inputs())
+    assert all(loss.isfinite() for loss in losses.values())
 
 
 def test_parents_matcher_labels_where_no_switch_says_otherwise():

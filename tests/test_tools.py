@@ -1,12 +1,16 @@
 """The command-line tools, and what they refuse in one sentence."""
 
+import hashlib
 import json
 import subprocess
 import sys
 
 import cv2
 import pytest
+import torch
 from toys import CONFIGS
+
+from libra_d2.checkpoint import read_weights
 
 TOOLS = CONFIGS.parent / "tools"
 
@@ -71,6 +75,41 @@ class TestPredict:
     def test_output_must_be_a_picture(self, tmp_path):
         args = [*self.CONFIG, "--output", tmp_path / "out.txt", "--images", "a.jpg"]
         fails("predict.py", args, "must end in .jpg or .png")
+
+
+class TestExport:
+    def checkpoint(self, folder):
+        model = {"a.weight": torch.randn(2, 3), "b": torch.zeros(())}
+        torch.save({"model": model, "optimizer": {"state": 1}, "iteration": 9}, folder / "in.pth")
+        return model
+
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_strips_and_records(self, suffix, tmp_path):
+        model = self.checkpoint(tmp_path)
+        (tmp_path / "config.yaml").write_text((CONFIGS / "Base-RCNN-FPN.yaml").read_text())
+        (tmp_path / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 12.5, "x": 1}\n')
+        out = tmp_path / f"out{suffix}"
+        result = run("export_weights.py", tmp_path / "in.pth", out)
+        assert result.returncode == 0, result.stderr
+        content = read_weights(str(out))
+        torch.testing.assert_close(content["model"], model)
+        assert "optimizer" not in content
+        record = json.loads((tmp_path / "out.json").read_text())
+        assert record["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+        assert record["metrics"] == {"iteration": 9, "bbox/AP": 12.5}
+        assert "LibraROIHeads" in record["config"] and record["sha256"] in result.stdout
+
+    def test_bad_input(self, tmp_path):
+        self.checkpoint(tmp_path)
+        (tmp_path / "bad.pth").write_text("no")
+        tool = "export_weights.py"
+        fails(tool, [tmp_path / "no.pth", tmp_path / "o.pth"], "no.pth' does not exist")
+        fails(tool, [tmp_path / "bad.pth", tmp_path / "o.pth"], "is damaged or no file of weights")
+        fails(tool, [tmp_path / "in.pth", tmp_path / "o.bin"], "must end in .pth or .safetensors")
+        fails(tool, [tmp_path / "in.pth", tmp_path / "in.pth"], "exists; give --overwrite")
+        args = [tmp_path / "in.pth", tmp_path / "in.pth", "--overwrite"]
+        fails(tool, args, "would replace itself")
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["bad.pth", "in.pth"]
 
 
 def test_benchmark_names_what_there_is():

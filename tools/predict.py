@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from libra_d2.engine import check_run, load_config
 from libra_d2.engine.run import one_sentence_errors
+from libra_d2.engine.trainer import WeightsCheckpointer
 
 GAP = 6  # pixels between the tiles of the sheet
 
@@ -124,7 +125,9 @@ def main() -> None:
     with one_sentence_errors(parser.prog):
         cfg = prepare(args)
         records = read_records(args)
+    weights, cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS, ""
     predictor = DefaultPredictor(cfg)
+    WeightsCheckpointer(predictor.model).load(weights)
     images = [draw(record, predictor) for record in tqdm(records, unit="image")]
     with one_sentence_errors(parser.prog):
         write(make_sheet(images, min(args.columns, len(images))), Path(args.output))

@@ -23,6 +23,7 @@ _HARMLESS = {
         for core in ("core.", "_core.")
         for name in ("_reconstruct", "scalar")
     ),
+    *((f"numpy.{core}numeric", "_frombuffer") for core in ("core.", "_core.")),
     *(("numpy", name) for name in ("ndarray", "dtype")),
 }
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from urllib.parse import urlparse
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -16,6 +15,7 @@ from detectron2.modeling import (
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from libra_d2.checkpoint import read_weights
 from libra_d2.config import choose, get_key
 from libra_d2.data.checks import check_dataset
 from libra_d2.data.proposals import check_proposals
@@ -193,7 +193,7 @@ def _check_weights(weights: str, model: nn.Module, name: str) -> None:
     if url.path.endswith(".pkl") or "matching_heuristics" in url.query:
         return  # detectron2 matches its names
     try:
-        checkpoint = torch.load(url.path, map_location="cpu", weights_only=True)
+        checkpoint = read_weights(url.path)
         state = checkpoint.get("model", checkpoint)
         shapes = {key: value.shape for key, value in state.items() if hasattr(value, "shape")}
     except Exception as error:

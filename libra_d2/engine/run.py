@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
@@ -21,7 +20,7 @@ from libra_d2.quiet import silence_known_warnings
 from .checks import check_run, remove_run
 from .config_file import load_config
 from .launch import check_processes, count_processes, is_main_process, launch
-from .trainer import LibraTrainer
+from .trainer import LibraTrainer, WeightsCheckpointer
 
 __all__ = ["main", "make_parser", "one_sentence_errors"]
 
@@ -101,7 +100,7 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     _setup(cfg, args)
     if args.eval_only:
         model = LibraTrainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         LibraTrainer.test(cfg, model)
         return

@@ -24,7 +24,19 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch import nn
 
-__all__ = ["LibraTrainer"]
+from libra_d2.checkpoint import read_weights
+
+__all__ = ["LibraTrainer", "WeightsCheckpointer"]
+
+
+class WeightsCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, which reads ``.safetensors`` too."""
+
+    def _load_file(self, filename: str) -> dict:
+        if filename.endswith(".safetensors"):
+            return {"model": read_weights(filename)["model"]}
+        return super()._load_file(filename)
+
 
 _EVALUATORS = {
     "coco": COCOEvaluator,
@@ -51,7 +63,7 @@ class LibraTrainer(DefaultTrainer):
         make_trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = make_trainer(self.distribute_model(cfg, model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
+        self.checkpointer = WeightsCheckpointer(
             self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER

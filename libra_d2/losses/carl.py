@@ -48,6 +48,7 @@ def carl_loss(
     box_losses = box_losses if box_losses.dim() == 1 else box_losses.flatten(1).sum(dim=1)
     if class_probs.dtype in (torch.float16, torch.bfloat16):
         class_probs = class_probs.float()
-    weights = (bias + (1 - bias) * class_probs) ** k
+    # Without a bias, at 0, a root would have no finite gradient.
+    weights = (bias + (1 - bias) * class_probs).clamp(min=1e-12) ** k
     weights = weights * (len(weights) / weights.sum().clamp(min=1e-12))
     return (weights * box_losses).sum() / normalizer

@@ -1,6 +1,6 @@
 """detectron2 adapters. Importing this package registers them with detectron2."""
 
-from . import backbones, pyramids, retinanet, roi_heads, rpn  # noqa: F401  (imported to register)
+from . import backbones, mask_head, pyramids, retinanet, roi_heads, rpn  # noqa: F401  (imported to register)
 from .backbones import (
     build_bfp_backbone,
     build_retinanet_small_resnet_fpn_backbone,

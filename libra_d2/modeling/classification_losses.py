@@ -117,9 +117,16 @@ class HardAnchors:
         return kept & (~negatives | sample_hard(losses, negatives, bound))
 
 
+def _fvcore_focal_loss(
+    logits: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str
+) -> Tensor:
+    # A scripted function itself can't be copied, nor could a model that holds it.
+    return sigmoid_focal_loss_jit(logits, targets, alpha, gamma, reduction)
+
+
 def _focal_loss(alpha: float, gamma: float) -> Elementwise:
     # fvcore's, as in detectron2, but where its gradient would not be finite.
-    function = focal_loss if 0 < gamma < 1 else sigmoid_focal_loss_jit
+    function = focal_loss if 0 < gamma < 1 else _fvcore_focal_loss
     return partial(function, alpha=alpha, gamma=gamma)
 
 

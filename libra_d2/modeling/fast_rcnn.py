@@ -113,10 +113,12 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             losses: classification loss of each ROI, (R,).
         """
         gt_classes = cat([p.gt_classes for p in proposals])
-        if all(p.has("loss_weights") for p in proposals):
-            weights = cat([p.loss_weights for p in proposals])
-        else:
-            weights = torch.ones_like(losses)
+        weights = torch.cat(
+            [
+                p.loss_weights if p.has("loss_weights") else losses.new_ones(len(p))
+                for p in proposals
+            ]
+        )
         foreground = self._foreground(gt_classes)
         if self.isr_positive is None or len(foreground) == 0:
             return weights

@@ -154,7 +154,7 @@ class LibraRetinaNet(RetinaNet):
         losses["loss_box_reg"] = box_losses.sum() / normalizer * self.box_reg_loss_weight
         if self.carl is not None:
             positives = self._is_positive(labels)
-            probs = logits[positives].sigmoid().gather(1, labels[positives].unsqueeze(1))
+            probs = logits[positives].float().sigmoid().gather(1, labels[positives].unsqueeze(1))
             loss_carl = carl_loss(probs.squeeze(1), box_losses, normalizer=normalizer, **self.carl)
             losses["loss_carl"] = loss_carl * self.box_reg_loss_weight
         return losses

@@ -68,7 +68,7 @@ class _BalancedSampling:
         There the parent takes every proposal for background, those too that the matcher has
         labelled as ignored.
         """
-        if len(gt_classes) > 0:
+        if len(gt_classes) > 0 or not isinstance(self.proposal_matcher, SamplingMatcher):
             return super()._sample_proposals(matched_idxs, matched_labels, gt_classes)
         classes = torch.where(matched_labels == 0, self.num_classes, -1)
         _, sampled = subsample_labels(
@@ -96,10 +96,10 @@ class _BalancedSampling:
             for p, t in zip(proposals, targets, strict=True)
         ]
         sampled = super().label_and_sample_proposals(*map(list, zip(*numbered, strict=True)))
-        weights = getattr(self.proposal_matcher, "weights", [])
-        for image, image_weights in zip(sampled, weights):  # noqa: B905  (none, or one an image)
-            image.loss_weights = image_weights[image.candidate]
-        for image in sampled:
+        weights = getattr(self.proposal_matcher, "weights", None) or [None] * len(sampled)
+        for image, image_weights in zip(sampled, weights, strict=True):
+            if image_weights is not None:
+                image.loss_weights = image_weights[image.candidate]
             image.remove("candidate")
         log_sampled(
             sampled,
@@ -192,9 +192,9 @@ class LibraCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
         return self.box_predictor[0], self._run_stage(features, proposals, 0)
 
     def _match_and_label_boxes(self, proposals, stage, targets):
-        """Labels as the parent does, and adds the field ``gt_indices``."""
+        """Labels as the parent does, and for ISR-P adds the field ``gt_indices``."""
         for image, gt in zip(proposals, targets, strict=True):
-            if len(gt) > 0:
+            if len(gt) > 0 and self.box_predictor[stage].isr_positive is not None:
                 ious = pairwise_iou(gt.gt_boxes, image.proposal_boxes)
                 image.gt_indices = ious.max(dim=0).indices
         return super()._match_and_label_boxes(proposals, stage, targets)
@@ -226,10 +226,14 @@ def _undisturbed(*modules: nn.Module) -> Iterator[None]:
     buffers = [buffer for module in modules for buffer in module.buffers()]
     before = [buffer.clone() for buffer in buffers]
     devices = {p.device for module in modules for p in module.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        # Under AMP older versions of torch would reuse weights cast in here, without gradient.
+        torch.clear_autocast_cache()
 
 
 def _range(start: int, instances: Instances) -> Tensor:

@@ -45,8 +45,8 @@ class Matches:
     ious: Tensor  # (P,), each proposal's largest IoU with any ground truth; 0 without ground truths
     gt_indices: Tensor  # (P,) int64, the ground truth of that IoU
     labels: Tensor  # (P,) int8; 1 positive, 0 negative, -1 ignored
-    weights: Tensor  # (P,), of each in the classification loss; 1, unless a sampler changes it
     predictions: Predictions | None = None  # for samplers that ask for them
+    weights: Tensor | None = None  # (P,), of each in the classification loss, if a sampler sets it
 
     def classification_losses(self) -> Tensor:
         """Cross entropy of each proposal with its ground truth's class or background, (P,)."""
@@ -121,7 +121,7 @@ def _score_hlr(cfg: CfgNode) -> Sampler:
         )
         # Weights are 0 where nothing is kept, so that only the kept count in the sums.
         losses = matches.classification_losses() * kept
-        matches.weights = torch.where(kept, preserve_loss(weights, losses), matches.weights)
+        matches.weights = torch.where(kept, preserve_loss(weights, losses), 1.0)
         return kept
 
     return sample
@@ -173,7 +173,7 @@ class SamplingMatcher:
         self.batch_size_per_image = batch_size_per_image
         self.max_positives = int(batch_size_per_image * positive_fraction)
         self.needs_predictions = needs_predictions
-        self.weights: list[Tensor] = []
+        self.weights: list[Tensor | None] = []
         self._predictions: Iterator[Predictions] = iter(())
 
     @classmethod
@@ -197,13 +197,13 @@ class SamplingMatcher:
     def looking_at(self, predictions: list[Predictions]) -> Iterator[None]:
         """Inside, the images of a batch are matched in turn, with these predictions.
 
-        Afterwards ``weights`` holds, until the next batch, each image's weights, (P,).
+        ``weights`` gets, for each image that has been matched, its weights, (P,), or None.
         """
         self.weights, self._predictions = [], iter(predictions)
         try:
             yield
         finally:
-            self._predictions = iter(())
+            self.weights, self._predictions = [], iter(())
 
     @torch.no_grad()
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,8 +221,12 @@ class SamplingMatcher:
             ious = match_quality_matrix.amax(dim=0)
         else:
             ious = match_quality_matrix.new_zeros(match_quality_matrix.shape[1])
-        predictions = next(self._predictions) if self.needs_predictions else None
-        matches = Matches(ious, gt_indices, labels, torch.ones_like(ious), predictions)
+        predictions = None
+        if self.needs_predictions:
+            predictions = next(self._predictions, None)
+            if predictions is None:
+                raise RuntimeError("this sampler needs predictions: match inside of looking_at")
+        matches = Matches(ious, gt_indices, labels, predictions)
         if len(labels) > 0:
             labels = self._sample(matches)
         if self.needs_predictions:

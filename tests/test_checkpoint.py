@@ -1,0 +1,359 @@
+"""Weights from mmdetection: names, order, shapes; files that are damaged, hostile or of others."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from toys import CONFIGS, TOY, make_inputs
+
+from libra_d2.checkpoint import convert_mmdet_state_dict, read_weights, write_weights
+from libra_d2.engine import load_config
+
+TOOLS = CONFIGS.parent / "tools"
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+# The toy widths of tests/toys.py, where mmdetection's generator below has to follow them.
+STEM, RES2, FPN, FC, MASK = 16, 32, 64, 32, 16
+SMALL = [*TOY, "MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RETINANET.NUM_CONVS", 2]
+
+
+def mmdet_state(
+    depth=50, groups=1, width=2, classes=10, bfp=None, pafpn=False, kind="faster", anchors=3
+):
+    """Random weights under mmdetection's names, shaped as it shapes them.
+
+    ``kind``: faster, mask, fast, cascade, cascade mask or retinanet.
+    """
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+
+    def conv(name, out, into, size, bias=False):
+        state[f"{name}.weight"] = torch.randn(out, into, size, size, generator=generator) * 0.1
+        if bias:
+            state[f"{name}.bias"] = torch.randn(out, generator=generator) * 0.1
+
+    def fc(name, out, into):
+        state[f"{name}.weight"] = torch.randn(out, into, generator=generator) * 0.1
+        state[f"{name}.bias"] = torch.randn(out, generator=generator) * 0.1
+
+    def norm(name, channels):
+        for field in ("weight", "bias", "running_mean"):
+            state[f"{name}.{field}"] = torch.randn(channels, generator=generator) * 0.1
+        state[f"{name}.running_var"] = torch.rand(channels, generator=generator) + 0.5
+        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+    conv("backbone.conv1", STEM, 3, 7)
+    norm("backbone.bn1", STEM)
+    into, out, bottleneck = STEM, RES2, groups * width
+    for layer, blocks in enumerate(BLOCKS[depth], start=1):
+        for block in range(blocks):
+            name = f"backbone.layer{layer}.{block}"
+            if block == 0:
+                conv(f"{name}.downsample.0", out, into, 1)
+                norm(f"{name}.downsample.1", out)
+            conv(f"{name}.conv1", bottleneck, into, 1)
+            conv(f"{name}.conv2", bottleneck, bottleneck // groups, 3)
+            conv(f"{name}.conv3", out, bottleneck, 1)
+            for j, channels in ((1, bottleneck), (2, bottleneck), (3, out)):
+                norm(f"{name}.bn{j}", channels)
+            into = out
+        out, bottleneck = 2 * out, 2 * bottleneck
+
+    is_retinanet = kind == "retinanet"
+    neck = "neck.0" if bfp else "neck"
+    channels = [RES2 * 2**i for i in range(4)][1 if is_retinanet else 0 :]
+    for i, c in enumerate(channels):
+        conv(f"{neck}.lateral_convs.{i}.conv", FPN, c, 1, bias=True)
+        conv(f"{neck}.fpn_convs.{i}.conv", FPN, FPN, 3, bias=True)
+        if pafpn and i > 0:
+            conv(f"{neck}.downsample_convs.{i - 1}.conv", FPN, FPN, 3, bias=True)
+            conv(f"{neck}.pafpn_convs.{i - 1}.conv", FPN, FPN, 3, bias=True)
+    if is_retinanet:
+        conv(f"{neck}.fpn_convs.3.conv", FPN, channels[-1], 3, bias=True)
+        conv(f"{neck}.fpn_convs.4.conv", FPN, FPN, 3, bias=True)
+    if bfp == "non_local":
+        for part in ("g", "theta", "phi", "conv_out"):
+            conv(f"neck.1.refine.{part}.conv", FPN, FPN, 1, bias=True)
+    elif bfp == "conv":
+        conv("neck.1.refine.conv", FPN, FPN, 3, bias=True)
+
+    if is_retinanet:
+        for i in range(2):
+            conv(f"bbox_head.cls_convs.{i}.conv", FPN, FPN, 3, bias=True)
+            conv(f"bbox_head.reg_convs.{i}.conv", FPN, FPN, 3, bias=True)
+        conv("bbox_head.retina_cls", anchors * classes, FPN, 3, bias=True)
+        conv("bbox_head.retina_reg", anchors * 4, FPN, 3, bias=True)
+        return state
+    if kind != "fast":
+        conv("rpn_head.rpn_conv", FPN, FPN, 3, bias=True)
+        conv("rpn_head.rpn_cls", 3, FPN, 1, bias=True)
+        conv("rpn_head.rpn_reg", 12, FPN, 1, bias=True)
+    is_cascade = "cascade" in kind
+    for stage in [f".{i}" for i in range(3)] if is_cascade else [""]:
+        head = f"roi_head.bbox_head{stage}"
+        fc(f"{head}.fc_cls", classes + 1, FC)
+        fc(f"{head}.fc_reg", 4 if is_cascade else 4 * classes, FC)
+        fc(f"{head}.shared_fcs.0", FC, FPN * 49)
+        fc(f"{head}.shared_fcs.1", FC, FC)
+        if "mask" in kind:
+            head = f"roi_head.mask_head{stage}"
+            for i in range(4):
+                conv(f"{head}.convs.{i}.conv", MASK, FPN if i == 0 else MASK, 3, bias=True)
+            conv(f"{head}.upsample", MASK, MASK, 2, bias=True)
+            conv(f"{head}.conv_logits", classes, MASK, 1, bias=True)
+    return state
+
+
+# Each shipped config for converted weights, and what its weights are made of.
+def options_of(stem):
+    options = {"kind": "faster"}
+    for name in ("retinanet", "cascade_mask", "cascade", "mask", "fast_"):
+        if name in stem:
+            options["kind"] = name.replace("_", " ").strip()
+            break
+    if "X_101" in stem:
+        options |= {"groups": 32 if "32x4d" in stem else 64, "width": 1}
+    options["depth"] = 101 if "101" in stem else 50
+    if "libra" in stem or "balanced" in stem:
+        options["bfp"] = "non_local"
+    return {**options, "pafpn": "pafpn" in stem}
+
+
+SHIPPED = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*_mmdet.yaml"))
+
+
+def load(config, state, *opts):
+    """The model of a shipped config, small, with converted weights."""
+    small = [*SMALL, *opts]
+    if "X_101" in str(config):
+        small += ["MODEL.RESNETS.WIDTH_PER_GROUP", 1]
+    cfg = load_config(str(CONFIGS / config), list(map(str, small)))
+    model = build_model(cfg).eval()
+    incompatible = model.load_state_dict(convert_mmdet_state_dict(state), strict=False)
+    assert incompatible.unexpected_keys == []
+    assert all(n.endswith("num_batches_tracked") for n in incompatible.missing_keys)
+    return model
+
+
+class TestConversion:
+    @pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
+    def test_every_name_and_shape_fits(self, config):
+        load(config, mmdet_state(**options_of(config.stem)))
+
+    @pytest.mark.parametrize("classes", [1, 3, 80])
+    def test_other_numbers_of_classes(self, classes):
+        config = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_mmdet.yaml"
+        state = mmdet_state(kind="mask", classes=classes)
+        load(config, state, "MODEL.ROI_HEADS.NUM_CLASSES", classes)
+        config = "COCO-Detection/retinanet_R_50_FPN_1x_mmdet.yaml"
+        load(
+            config,
+            mmdet_state(kind="retinanet", classes=classes),
+            "MODEL.RETINANET.NUM_CLASSES",
+            classes,
+        )
+
+    def test_bfp_of_one_convolution(self):
+        config = "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x_mmdet.yaml"
+        model = load(config, mmdet_state(bfp="conv"), "MODEL.BFP.REFINE_TYPE", "conv")
+        assert model.backbone.bfp.refine.conv.weight.shape == (FPN, FPN, 3, 3)
+
+    def test_no_tensor_is_lost_or_made_up(self):
+        state = mmdet_state(kind="cascade mask", bfp="non_local", pafpn=True)
+        converted = convert_mmdet_state_dict(state)
+        kept = {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
+        assert len(converted) == len(kept)
+        assert {id(v) for v in converted.values()} == {id(v) for v in kept.values()}
+
+    @torch.no_grad()
+    def test_retinanets_anchors_come_in_detectron2s_order(self):
+        """mmdetection: block 3 * ratio + scale; detectron2: 3 * scale + ratio."""
+        state = mmdet_state(kind="retinanet", anchors=9, classes=5)
+        sizes = [[s, 1.26 * s, 1.587 * s] for s in (32, 64, 128, 256, 512)]
+        config = "COCO-Detection/retinanet_R_50_FPN_1x_mmdet.yaml"
+        opts = ["MODEL.ANCHOR_GENERATOR.SIZES", sizes, "MODEL.RETINANET.NUM_CLASSES", 5]
+        model = load(config, state, *opts)
+        x = torch.randn(1, FPN, 4, 4)
+        for ours, theirs, k in (("cls_score", "retina_cls", 5), ("bbox_pred", "retina_reg", 4)):
+            expected = torch.nn.functional.conv2d(
+                x, state[f"bbox_head.{theirs}.weight"], state[f"bbox_head.{theirs}.bias"], padding=1
+            )
+            got = getattr(model.head, ours)(x)
+            for ratio in range(3):
+                for scale in range(3):
+                    here, there = 3 * scale + ratio, 3 * ratio + scale
+                    torch.testing.assert_close(
+                        got[:, here * k : here * k + k], expected[:, there * k : there * k + k]
+                    )
+
+    @torch.no_grad()
+    def test_features_are_those_of_the_named_layers(self):
+        """A stem and a lateral, from mmdetection's tensors by hand."""
+        state = mmdet_state()
+        model = load("COCO-Detection/faster_rcnn_R_50_FPN_1x_mmdet.yaml", state)
+        image = torch.randn(1, 3, 64, 64)
+        F = torch.nn.functional
+        x = F.conv2d(image, state["backbone.conv1.weight"], stride=2, padding=3)
+        stats = [
+            state[f"backbone.bn1.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
+        ]
+        x = F.max_pool2d(F.relu(F.batch_norm(x, *stats)), 3, 2, 1)
+        torch.testing.assert_close(model.backbone.bottom_up.stem(image), x)
+
+    @pytest.mark.parametrize(
+        ("name", "match"),
+        [
+            ("bbox_head.fc_cls.weight", "mmdetection before 2.0, where background is the first"),
+            ("backbone.features.0.weight", "layer 'backbone.features.0.weight' has no counterpart"),
+            ("roi_head.semantic_head.convs.0.conv.weight", "has no counterpart here"),
+            ("backbone.layer1.0.conv2.conv_offset.weight", "has no counterpart here"),
+            ("neck.fpn_convs.7.conv.weight", "backbone.fpn_output9|has no counterpart"),
+        ],
+    )
+    def test_what_has_no_counterpart_is_refused(self, name, match):
+        state = {**mmdet_state(), name: torch.zeros(3)}
+        if "fpn_convs.7" in name:
+            assert "backbone.fpn_output9.weight" in convert_mmdet_state_dict(state)
+            return  # refused when it is compared with the model
+        with pytest.raises(ValueError, match=match):
+            convert_mmdet_state_dict(state)
+
+    @torch.no_grad()
+    def test_a_mask_head_a_stage_averages_probabilities(self):
+        config = "COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_1x_mmdet.yaml"
+        head = load(config, mmdet_state(kind="cascade mask")).roi_heads.mask_head
+        x = torch.randn(2, FPN, 14, 14)
+        expected = torch.stack([stage.layers(x).sigmoid() for stage in head.stages]).mean(0)
+        torch.testing.assert_close(head.layers(x).sigmoid(), expected)
+        assert len(head.stages) == 3
+
+
+class TestFiles:
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_round_trip(self, suffix, tmp_path):
+        path = str(tmp_path / f"weights{suffix}")
+        tensors = {"a.weight": torch.randn(3, 4).t(), "b": torch.tensor(7)}
+        write_weights(path, tensors, {"source": "test"})
+        content = read_weights(path)
+        torch.testing.assert_close(
+            content["model"], {k: v.contiguous() for k, v in tensors.items()}
+        )
+        assert content["meta"]["source"] == "test"
+        assert [f.name for f in tmp_path.iterdir()] == [f"weights{suffix}"]
+
+    def test_nothing_is_replaced_unasked(self, tmp_path):
+        path = tmp_path / "weights.pth"
+        path.write_text("mine")
+        with pytest.raises(ValueError, match="exists; give --overwrite"):
+            write_weights(str(path), {}, {})
+        assert path.read_text() == "mine"
+        write_weights(str(path), {"a": torch.ones(1)}, {}, overwrite=True)
+        assert read_weights(str(path))["model"]["a"] == 1
+
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x80\x04", b"{}"])
+    def test_damaged(self, suffix, content, tmp_path):
+        path = tmp_path / f"weights{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged or no file of weights|holds more than"):
+            read_weights(str(path))
+
+    def test_truncated(self, tmp_path):
+        write_weights(str(tmp_path / "a.pth"), {"a": torch.zeros(10000)}, {})
+        whole = (tmp_path / "a.pth").read_bytes()
+        (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="is damaged"):
+            read_weights(str(tmp_path / "a.pth"))
+
+    def test_code_is_not_run(self, tmp_path):
+        class Hostile:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path / 'ran'}",)
+
+        torch.save({"state_dict": {}, "meta": Hostile()}, tmp_path / "hostile.pth")
+        with pytest.raises(ValueError, match="holds more than weights.*could run any code"):
+            read_weights(str(tmp_path / "hostile.pth"))
+        (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile()))
+        with pytest.raises(ValueError, match="holds more than weights|is damaged"):
+            read_weights(str(tmp_path / "plain.pth"))
+        assert not (tmp_path / "ran").exists()
+
+
+def convert(*args):
+    command = [sys.executable, str(TOOLS / "convert_mmdet.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+class TestTool:
+    CONFIG = ("--config-file", CONFIGS / "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x_mmdet.yaml")
+
+    def test_converts_evaluates_and_keeps_class_names(self, tmp_path):
+        state = mmdet_state(bfp="non_local")
+        meta = {"mmdet_version": "2.25.0", "CLASSES": tuple("abcdefghij")}
+        torch.save({"state_dict": state, "meta": meta}, tmp_path / "in.pth")
+        small = [opt for opt in SMALL if opt != "MODEL.WEIGHTS"]
+        small.remove("")
+        args = (tmp_path / "in.pth", tmp_path / "out.pth", *self.CONFIG, "--opts", *small)
+        result = convert(*args)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / "out.classes.json").read_text()) == list("abcdefghij")
+        cfg = load_config(str(tmp_path / "out.yaml"))
+        assert cfg.MODEL.WEIGHTS == str(tmp_path / "out.pth")
+        model = build_model(cfg).eval()
+        model.load_state_dict(read_weights(str(tmp_path / "out.pth"))["model"])
+        expected = load(self.CONFIG[1], state)
+        inputs = make_inputs((2,))
+        with torch.no_grad():
+            got, wanted = (m(inputs)[0]["instances"].pred_boxes.tensor for m in (model, expected))
+        assert torch.equal(got, wanted)
+        again = convert(*args)
+        assert again.returncode == 2 and "exists; give --overwrite" in again.stderr
+
+    def test_what_does_not_fit_is_named_and_nothing_written(self, tmp_path):
+        torch.save({"state_dict": mmdet_state()}, tmp_path / "in.pth")
+        result = convert(tmp_path / "in.pth", tmp_path / "out.pth", *self.CONFIG)
+        message = result.stderr.strip().splitlines()[-1]
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        assert "missing (backbone.bfp.refine" in message and "of another shape" in message
+        assert [f.name for f in tmp_path.iterdir()] == ["in.pth"]
+
+    def test_versions_before_2_are_refused(self, tmp_path):
+        torch.save(
+            {"state_dict": mmdet_state(), "meta": {"mmdet_version": "1.2.0"}}, tmp_path / "in.pth"
+        )
+        result = convert(tmp_path / "in.pth", tmp_path / "out.pth")
+        assert result.returncode == 2 and "mmdetection 1.2.0; before 2.0" in result.stderr
+
+    def test_a_missing_file(self, tmp_path):
+        result = convert(tmp_path / "no.pth", tmp_path / "out.pth")
+        assert result.returncode == 2 and "no.pth' does not exist" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def tool():
+    sys.path.insert(0, str(TOOLS))
+    import convert_mmdet
+
+    return convert_mmdet
+
+
+@pytest.mark.parametrize("config", SHIPPED, ids=lambda path: path.stem)
+def test_the_config_is_found_by_the_layers(config, tool):
+    options = options_of(config.stem)
+    state = convert_mmdet_state_dict(mmdet_state(**options))
+    # What tells a ResNet from a ResNeXt, at its full width.
+    groups = options.get("groups", 1)
+    kernel = (64, 64, 3, 3) if groups == 1 else (groups * 4, 4, 3, 3)
+    state["backbone.bottom_up.res2.0.conv2.weight"] = torch.zeros(kernel)
+    meta = {"config": "isr=dict(k=2)"} if "pisa" in config.stem else {}
+    assert tool.choose_config(state, meta).stem == config.stem
+
+
+def test_a_model_without_a_config_is_named(tool):
+    state = convert_mmdet_state_dict(mmdet_state(depth=101, kind="cascade mask", bfp="non_local"))
+    with pytest.raises(ValueError, match="no config libra_cascade_mask_rcnn_.*give --config-file"):
+        tool.choose_config(state, {})

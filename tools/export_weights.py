@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Makes of a training checkpoint a file of weights to publish.
+
+python tools/export_weights.py output/RUN/model_final.pth OUT.safetensors
+
+Optimizer and schedule are left out. Beside OUT it writes OUT's name with .json: the sha256 of OUT,
+the config and the last metrics of the run, if config.yaml and metrics.json lie beside the
+checkpoint or are given.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from libra_d2.quiet import silence_known_warnings
+
+silence_known_warnings()
+
+from torch import Tensor
+
+from libra_d2.checkpoint import check_output, read_weights, write_weights, write_whole
+from libra_d2.engine import load_config
+from libra_d2.engine.run import one_sentence_errors
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", help="checkpoint of a run, .pth")
+    parser.add_argument("output", help="file to write: .pth or .safetensors")
+    parser.add_argument("--config-file", help="default: config.yaml beside the checkpoint")
+    parser.add_argument("--metrics", help="default: metrics.json beside the checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    return parser
+
+
+def read_model(path: str) -> dict[str, Tensor]:
+    content = read_weights(path)
+    model = content.get("model", content)
+    if not isinstance(model, dict) or not any(isinstance(v, Tensor) for v in model.values()):
+        raise ValueError(f"'{path}' is not a checkpoint of a model")
+    return {name: value for name, value in model.items() if isinstance(value, Tensor)}
+
+
+def read_config(given: str | None, beside: Path) -> str:
+    """The config's text, checked; empty if there is none."""
+    path = Path(given) if given else beside / "config.yaml"
+    if not path.is_file() and given is None:
+        return ""
+    load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    return path.read_text()
+
+
+def read_metrics(given: str | None, beside: Path) -> dict[str, float]:
+    """The last evaluation's numbers in a run's metrics.json; none if there is none."""
+    path = Path(given) if given else beside / "metrics.json"
+    if not path.is_file():
+        if given is None:
+            return {}
+        raise ValueError(f"--metrics '{path}' does not exist or is not a file")
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [
+            {name: value for name, value in record.items() if "/AP" in name or name == "iteration"}
+            for record in records
+        ]
+    except (ValueError, AttributeError):
+        raise ValueError(f"'{path}' is not a run's metrics.json, one object a line") from None
+    found = [record for record in found if len(record) > 1]
+    return found[-1] if found else {}
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    with one_sentence_errors(parser.prog):
+        side = f"{Path(args.output).with_suffix('')}.json"
+        check_output(args.output, args.overwrite)
+        if Path(side).exists() and not args.overwrite:
+            raise ValueError(f"'{side}' exists; give --overwrite to replace it")
+        if Path(args.input).resolve() == Path(args.output).resolve():
+            raise ValueError(f"'{args.input}' would replace itself; give another output")
+        model = read_model(args.input)
+        beside = Path(args.input).parent
+        record = {
+            "config": read_config(args.config_file, beside),
+            "metrics": read_metrics(args.metrics, beside),
+        }
+        meta = {"config": record["config"], "metrics": json.dumps(record["metrics"])}
+        write_weights(args.output, model, meta, args.overwrite)
+        record["sha256"] = hashlib.sha256(Path(args.output).read_bytes()).hexdigest()
+        write_whole(side, lambda path: Path(path).write_text(json.dumps(record, indent=1)))
+    print(f"wrote {args.output} and {side}")
+    print(f"sha256 {record['sha256']}")
+
+
+if __name__ == "__main__":
+    main()
