@@ -19,6 +19,7 @@ NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "nai
 LR_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 BOX_REG_LOSSES = ("smooth_l1", "giou", "diou", "ciou", "balanced_l1")
 MAX_IOU_BINS = 100
+MAX_NUMBER = 10**9
 FRACTIONS = (
     "MODEL.RPN.POSITIVE_FRACTION",
     "MODEL.ROI_HEADS.POSITIVE_FRACTION",
@@ -92,11 +93,13 @@ def check_config(cfg: CfgNode) -> None:
         if not 0.0 <= get_key(cfg, key) <= 1.0:
             raise ValueError(f"{key} must be in [0, 1], got {get_key(cfg, key)}")
     for key in AT_LEAST_ONE:
-        if get_key(cfg, key) < 1:
-            raise ValueError(f"{key} must be at least 1, got {get_key(cfg, key)}")
+        if not 1 <= get_key(cfg, key) <= MAX_NUMBER:
+            raise ValueError(
+                f"{key} must be at least 1 (and at most {MAX_NUMBER}), got {get_key(cfg, key)}"
+            )
     for key in NEGATIVE_BOUNDS:
         bound = get_key(cfg, key)
-        if bound != -1 and bound < 1:
+        if bound != -1 and not 1 <= bound <= MAX_NUMBER:
             raise ValueError(f"{key} must be -1 (no bound) or at least 1, got {bound}")
     for part in IMPORTANCE:
         options = get_key(cfg, part)
@@ -140,6 +143,8 @@ def _check_two_stage(cfg: CfgNode) -> None:
             f"MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS must be at most {MAX_IOU_BINS}, got {num_bins}"
         )
     _check_box_loss(cfg, "ROI_BOX_HEAD")
+    if "Cascade" in cfg.MODEL.ROI_HEADS.NAME:
+        _check_cascade(cfg)
     for key, values in SOFTMAX_SWITCHES:
         if get_key(cfg, key) in values and cfg.MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE:
             raise ValueError(
@@ -155,10 +160,54 @@ def _check_two_stage(cfg: CfgNode) -> None:
         )
 
 
+def _check_cascade(cfg: CfgNode) -> None:
+    options, heads = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cfg.MODEL.ROI_HEADS
+    if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.NAME {heads.NAME} needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True"
+        )
+    ious = list(options.IOUS)
+    if not ious or sorted(ious) != ious or not all(0 < iou <= 1 for iou in ious):
+        raise ValueError(
+            f"MODEL.ROI_BOX_CASCADE_HEAD.IOUS must be ascending numbers in (0, 1], got {ious}"
+        )
+    if list(heads.IOU_THRESHOLDS) != ious[:1]:
+        raise ValueError(
+            "MODEL.ROI_HEADS.IOU_THRESHOLDS must be the first of MODEL.ROI_BOX_CASCADE_HEAD.IOUS, "
+            f"{ious[:1]}, got {heads.IOU_THRESHOLDS}"
+        )
+    weights = options.BBOX_REG_WEIGHTS
+    if len(weights) != len(ious) or not all(_are_box_weights(stage) for stage in weights):
+        raise ValueError(
+            "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS must be four positive numbers for each of "
+            f"the {len(ious)} stages, got {weights}"
+        )
+
+
+def _are_box_weights(value) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 4
+        and all(isinstance(x, (int, float)) and 0 < x < 1e6 for x in value)
+    )
+
+
 def _check_retinanet(cfg: CfgNode) -> None:
     options = cfg.MODEL.RETINANET
     _check_box_loss(cfg, "RETINANET")
     _check_thresholds(cfg, "RETINANET")
+    for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"):
+        if get_key(cfg, key):
+            raise ValueError(
+                f"{key} True needs {_META} of a two-stage detector, such as GeneralizedRCNN, "
+                f"got {cfg.MODEL.META_ARCHITECTURE}"
+            )
+    levels = list(options.IN_FEATURES)
+    if levels != sorted(set(levels), key=lambda name: (len(name), name)):
+        raise ValueError(
+            "MODEL.RETINANET.IN_FEATURES must be levels of the pyramid, the finest first and each "
+            f"once, got {levels}"
+        )
     if not 0.0 < options.PRIOR_PROB < 1.0:
         raise ValueError(
             f"MODEL.RETINANET.PRIOR_PROB must be between 0 and 1, got {options.PRIOR_PROB}"
@@ -169,13 +218,15 @@ def _check_retinanet(cfg: CfgNode) -> None:
             f"got {options.FOCAL_LOSS_ALPHA}"
         )
     for name in ("FOCAL_LOSS_GAMMA", "BBOX_REG_LOSS_WEIGHT", "SMOOTH_L1_LOSS_BETA"):
-        if not 0.0 <= options[name] < 1e30:
-            raise ValueError(f"MODEL.RETINANET.{name} must not be negative, got {options[name]}")
-    if options.MATCHER == "mutual_guidance":
-        if len(options.IOU_THRESHOLDS) != 2:
+        if not 0.0 <= options[name] < 1e6:
             raise ValueError(
-                "MODEL.RETINANET.IOU_THRESHOLDS must be two for MATCHER mutual_guidance: below the "
-                f"first negative, from the second positive; got {options.IOU_THRESHOLDS}"
+                f"MODEL.RETINANET.{name} must not be negative, or huge, got {options[name]}"
+            )
+    if options.MATCHER == "mutual_guidance":
+        if list(options.IOU_LABELS) != [0, -1, 1]:
+            raise ValueError(
+                "MODEL.RETINANET.IOU_THRESHOLDS must be two for MATCHER mutual_guidance, and "
+                f"IOU_LABELS [0, -1, 1]; got {options.IOU_THRESHOLDS} and {options.IOU_LABELS}"
             )
         negative_iou, positive_iou = options.IOU_THRESHOLDS
         try:
@@ -186,6 +237,12 @@ def _check_retinanet(cfg: CfgNode) -> None:
 
 
 def _check_box_loss(cfg: CfgNode, head: str) -> None:
+    """Checks the box loss of a head, and the weights of its deltas."""
+    if not _are_box_weights(cfg.MODEL[head].BBOX_REG_WEIGHTS):
+        raise ValueError(
+            f"MODEL.{head}.BBOX_REG_WEIGHTS must be four positive numbers, "
+            f"got {cfg.MODEL[head].BBOX_REG_WEIGHTS}"
+        )
     choose(f"MODEL.{head}.BBOX_REG_LOSS_TYPE", cfg, BOX_REG_LOSSES)
     try:
         check_balanced_l1(**balanced_l1_options(cfg, cfg.MODEL[head]))
@@ -200,7 +257,14 @@ def _check_thresholds(cfg: CfgNode, name: str) -> None:
             f"MODEL.{name}.IOU_LABELS must be one more than the {len(thresholds)} "
             f"IOU_THRESHOLDS, got {len(labels)}"
         )
-    if not thresholds or thresholds[0] <= 0 or sorted(thresholds) != list(thresholds):
+    if not all(isinstance(value, (int, float)) and 0 < value <= 1 for value in thresholds) or (
+        not thresholds or sorted(thresholds) != list(thresholds)
+    ):
         raise ValueError(
-            f"MODEL.{name}.IOU_THRESHOLDS must be greater than 0 and ascending, got {thresholds}"
+            f"MODEL.{name}.IOU_THRESHOLDS must be ascending numbers in (0, 1], got {thresholds}"
+        )
+    if any(label not in (-1, 0, 1) for label in labels):
+        raise ValueError(
+            f"MODEL.{name}.IOU_LABELS must be 0 (negative), -1 (ignored) or 1 (positive), "
+            f"got {labels}"
         )

@@ -9,6 +9,8 @@ Shape shorthand in this module:
     A: number of anchors
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def check_mutual_guidance(positive_iou: float, negative_iou: float, sigma: float
             "Mutual Guidance needs 0 < negative_iou <= positive_iou <= 1, "
             f"got negative_iou {negative_iou} and positive_iou {positive_iou}"
         )
-    if not sigma > 1.0:
+    if not 1.0 < sigma < math.inf:
         raise ValueError(f"Mutual Guidance's sigma must be greater than 1, got {sigma}")
 
 

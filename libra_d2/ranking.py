@@ -21,8 +21,8 @@ __all__ = [
 
 def check_importance(k: float, bias: float) -> None:
     """Raises ``ValueError`` unless k and bias, of whatever part of PISA, make sense."""
-    if not 0.0 < k < float("inf"):
-        raise ValueError(f"PISA's k must be greater than 0, got {k}")
+    if not 0.0 < k <= 100.0:
+        raise ValueError(f"PISA's k must be greater than 0, and at most 100, got {k}")
     if not 0.0 <= bias <= 1.0:
         raise ValueError(f"PISA's bias must be in [0, 1], got {bias}")
 

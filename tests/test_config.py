@@ -44,6 +44,10 @@ def test_device_is_what_there_is_unless_given():
     assert toy_config(LIBRA, "MODEL.DEVICE", "cpu").MODEL.DEVICE == "cpu"
 
 
+CASCADE = ["MODEL.ROI_HEADS.NAME", "LibraCascadeROIHeads"]
+CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+
+
 @pytest.mark.parametrize(
     ("opts", "match"),
     [
@@ -94,7 +98,15 @@ def test_device_is_what_there_is_unless_given():
             ["MODEL.META_ARCHITECTURE", "LibraRetinaNet"],
             "needs MODEL.META_ARCHITECTURE of a two-stage detector, such as GeneralizedRCNN",
         ),
-        (["MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]], "RPN.IOU_THRESHOLDS must be .*ascending"),
+        (["MODEL.ROI_HEADS.NAME", "LibraCascadeROIHeads"], "needs .*CLS_AGNOSTIC_BBOX_REG True"),
+        ([*CASCADE, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.6]], "must be the first of .*CASCADE"),
+        ([*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.4)], "IOUS must be ascending"),
+        (
+            [*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6)],
+            "BBOX_REG_WEIGHTS must be four positive numbers for each of the 2 stages",
+        ),
+        (["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**20], "must be at least 1 .and at most"),
+        (["MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]], "RPN.IOU_THRESHOLDS must be ascending"),
     ],
 )
 def test_bad_values_are_one_sentence(opts, match):
@@ -122,8 +134,21 @@ DETECTRON2S = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
         ),
         (["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l1"], "BBOX_REG_LOSS_TYPE 'l1' does not exist"),
         ([*GUIDED, "MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA", 1.0], "SIGMA: .*greater than 1, got 1"),
-        ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.5, 0.4]], "must be .*ascending, got"),
-        ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.4, 1.5]], "positive_iou <= 1, got"),
+        ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.5, 0.4]], "must be ascending numbers"),
+        ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.4, 1.5]], r"ascending numbers in \(0, 1\]"),
+        (
+            ["MODEL.RETINANET.IOU_THRESHOLDS", ["a", "b"]],
+            "IOU_THRESHOLDS must be ascending numbers",
+        ),
+        (["MODEL.RETINANET.IOU_LABELS", [0, 2, 1]], r"IOU_LABELS must be 0 \(negative\)"),
+        ([*GUIDED, "MODEL.RETINANET.IOU_LABELS", [0, 0, 1]], r"and IOU_LABELS \[0, -1, 1\]"),
+        (["MODEL.RETINANET.IN_FEATURES", ["p4", "p3"]], "the finest first and each once"),
+        (
+            ["MODEL.RETINANET.BBOX_REG_WEIGHTS", (1.0, 1.0)],
+            "BBOX_REG_WEIGHTS must be four positive",
+        ),
+        (["MODEL.MASK_ON", True], "MODEL.MASK_ON True needs .* two-stage detector"),
+        (["MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB", 10**20], "must be -1"),
         (
             [
                 *(*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.5]),

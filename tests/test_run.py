@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,19 @@ class TestOutputFolder:
             fails(capsys, command(LIBRA, tmp_path, *opts, flags=["--overwrite"]), match)
         argv = ["--config-file", str(tmp_path / "config.yaml"), "--overwrite"]
         fails(capsys, argv, "--overwrite would remove '.*config.yaml'")
+        mine = tmp_path / "mine.yaml"
+        mine.write_text("_BASE_: config.yaml\n")
+        fails(capsys, ["--config-file", str(mine), "--overwrite"], "would remove '.*config.yaml'")
+        mine.unlink()
+        proposals = tmp_path / "inference" / "proposals.pkl"
+        shutil.copy(
+            Path(MetadataCatalog.get("tiny").json_file).with_name("proposals.pkl"), proposals
+        )
+        opts = ("DATASETS.PROPOSAL_FILES_TRAIN", (str(proposals),))
+        fast = "COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml"
+        argv = command(fast, tmp_path, *opts, flags=["--overwrite"])
+        fails(capsys, argv, "--overwrite would remove '.*proposals.pkl'")
+        proposals.unlink()
         assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
 
     def test_resume_and_overwrite_exclude_each_other(self, tmp_path, capsys):
@@ -258,13 +272,31 @@ class TestBadInput:
                 pickle.dumps(
                     {"ids": [1], "boxes": [np.zeros((3, 4))], "objectness_logits": [np.zeros(2)]}
                 ),
-                r"boxes of shape \(3, 4\) and 2 objectness_logits for image 1",
+                r"boxes of shape \(3, 4\) and objectness_logits of shape \(2,\) for image 1",
             ),
             (
                 pickle.dumps(
                     {"ids": [2], "boxes": [np.zeros((2, 4))], "objectness_logits": [np.zeros(2)]}
                 ),
                 "has no proposals for 5 of the 6 images of data set 'tiny', among them 1",
+            ),
+            (
+                pickle.dumps(
+                    {
+                        "ids": [1],
+                        "boxes": [np.full((1, 4), np.nan)],
+                        "objectness_logits": [np.ones(1)],
+                    }
+                ),
+                "has boxes that are not finite for image 1",
+            ),
+            (
+                pickle.dumps({"ids": [1], "boxes": [[[0, 0, 1, 1]]], "objectness_logits": [[1]]}),
+                "has boxes that are no array of numbers for image 1",
+            ),
+            (
+                pickle.dumps({"ids": 3, "boxes": [], "objectness_logits": []}),
+                "must have lists of ids, boxes and objectness_logits",
             ),
             (pickle.dumps(os.system), r"holds posix.system, not only lists and numpy arrays"),
         ],
@@ -282,6 +314,10 @@ class TestBadInput:
         ("opts", "match"),
         [
             (("DATASETS.PROPOSAL_FILES_TRAIN", ()), "a file for each of the 1 data sets"),
+            (
+                ("DATASETS.PROPOSAL_FILES_TRAIN", (1,)),
+                "PROPOSAL_FILES_TRAIN must name files, got 1",
+            ),
             (("MODEL.LOAD_PROPOSALS", False), "PrecomputedProposals needs MODEL.LOAD_PROPOSALS"),
         ],
     )

@@ -111,6 +111,11 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         threshold += [f"MODEL.{head}.SCORE_THRESH_TEST", str(args.score_threshold)]
     cfg = load_config(args.config_file, [*threshold, *args.opts]).clone()
     cfg.defrost()
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "a model on precomputed proposals (MODEL.LOAD_PROPOSALS) can be evaluated with "
+            "train_net.py --eval-only, not used here"
+        )
     # Plain images need no data set; if it is there, its class names are drawn.
     metadata_of = cfg.DATASETS.TEST
     cfg.DATASETS.TEST = (args.dataset,) if args.dataset else ()

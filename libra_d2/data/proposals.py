@@ -6,6 +6,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 from detectron2.data import MetadataCatalog
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from .checks import MAX_BYTES, read_json
@@ -38,7 +39,8 @@ class _Unpickler(pickle.Unpickler):
 def check_proposals(dataset: str, file: str, key: str) -> None:
     """Checks that a file of proposals is there and has those of every image of a data set.
 
-    Addresses are left to detectron2, and the content of large files too.
+    Addresses are left to detectron2. A file is unpickled whatever its size: detectron2 will do so
+    without looking at what it would run.
 
     Args:
         dataset: a registered data set.
@@ -48,12 +50,12 @@ def check_proposals(dataset: str, file: str, key: str) -> None:
     Raises:
         ValueError: naming what is wrong and what would be right.
     """
+    if not isinstance(file, str):
+        raise ValueError(f"{key} must name files, got {file}")
     if urlparse(file).scheme:
         return
     if not PathManager.isfile(file):
         raise ValueError(f"{key} '{file}' does not exist or is not a file")
-    if os.path.getsize(file) > MAX_BYTES:
-        return
     try:
         ids = _read_ids(file)
     except ValueError as error:
@@ -83,16 +85,31 @@ def _read_ids(file: str) -> set[str]:
     for name in ("ids", "boxes", "objectness_logits"):
         if name not in content:
             raise ValueError(f"lacks '{name}'")
+    mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
+    if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
+        raise ValueError(f"has bbox_mode {mode}; it must be XYXY_ABS or XYWH_ABS")
     ids, boxes, logits = (content[name] for name in ("ids", "boxes", "objectness_logits"))
+    if not all(isinstance(part, (list, np.ndarray)) for part in (ids, boxes, logits)):
+        raise ValueError("must have lists of ids, boxes and objectness_logits")
     if not len(ids) == len(boxes) == len(logits):
         raise ValueError(
             f"has {len(ids)} ids, {len(boxes)} boxes and {len(logits)} objectness_logits; they "
             "must be as many"
         )
     for image, own_boxes, own_logits in zip(ids, boxes, logits, strict=True):
-        if np.shape(own_boxes) != (len(own_logits), 4):
-            raise ValueError(
-                f"has boxes of shape {np.shape(own_boxes)} and {len(own_logits)} objectness_logits "
-                f"for image {image}; boxes must be (N, 4)"
-            )
+        _check_image(image, own_boxes, own_logits)
     return {str(image) for image in ids}
+
+
+def _check_image(image, boxes, logits) -> None:
+    """Checks that one image's boxes are (N, 4) and its logits (N,), finite numbers in arrays."""
+    for name, value in (("boxes", boxes), ("objectness_logits", logits)):
+        if not (isinstance(value, np.ndarray) and value.dtype.kind in "fiu"):
+            raise ValueError(f"has {name} that are no array of numbers for image {image}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"has {name} that are not finite for image {image}")
+    if logits.ndim != 1 or boxes.shape != (len(logits), 4):
+        raise ValueError(
+            f"has boxes of shape {boxes.shape} and objectness_logits of shape {logits.shape} for "
+            f"image {image}; they must be (N, 4) and (N,)"
+        )

@@ -20,6 +20,7 @@ from libra_d2.config import choose, get_key
 from libra_d2.data.checks import check_dataset
 from libra_d2.data.proposals import check_proposals
 
+from .config_file import config_files
 from .trainer import choose_evaluator
 
 __all__ = ["check_run", "remove_run"]
@@ -79,7 +80,10 @@ def check_run(
     _check_folder(output)
     if not eval_only:
         _check_training(cfg, num_processes)
-        _check_run_in(output, resume, overwrite, inputs=(config_file, cfg.MODEL.WEIGHTS))
+        inputs = [*config_files(config_file), cfg.MODEL.WEIGHTS]
+        if cfg.MODEL.LOAD_PROPOSALS:
+            inputs += [*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST]
+        _check_run_in(output, resume, overwrite, inputs)
     _check_datasets(cfg, eval_only)
     _check_proposals(cfg, eval_only)
     try:
@@ -126,7 +130,7 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
         raise ValueError("DATASETS.TRAIN is empty; name a registered data set")
 
 
-def _check_run_in(output: Path, resume: bool, overwrite: bool, inputs: tuple[str, ...]) -> None:
+def _check_run_in(output: Path, resume: bool, overwrite: bool, inputs: list[str]) -> None:
     """Checks that no run in the output folder is lost unasked, nor what the new one reads."""
     files = _run_files(output)
     if any(file.match(mark) for mark in _RUN_MARKS for file in files) and not overwrite:
@@ -143,7 +147,7 @@ def _check_run_in(output: Path, resume: bool, overwrite: bool, inputs: tuple[str
     if overwrite:
         lost = {file.resolve() for file in files}
         for path in inputs:
-            if path and Path(path).resolve() in lost:
+            if path and Path(str(path)).resolve() in lost:
                 raise ValueError(
                     f"--overwrite would remove '{path}', which this run reads; copy it elsewhere "
                     "or give another OUTPUT_DIR"
@@ -165,6 +169,11 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
 
 
 def _check_proposals(cfg: CfgNode, eval_only: bool) -> None:
+    if cfg.MODEL.LOAD_PROPOSALS and cfg.MODEL.PROPOSAL_GENERATOR.NAME != "PrecomputedProposals":
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS True needs MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals, "
+            f"got {cfg.MODEL.PROPOSAL_GENERATOR.NAME}"
+        )
     if not cfg.MODEL.LOAD_PROPOSALS:
         if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "PrecomputedProposals":
             raise ValueError(

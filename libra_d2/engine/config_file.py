@@ -1,6 +1,7 @@
 """Reads a config file and overrides, with an error a user can act on."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from libra_d2.config import add_libra_config, get_key, suggest
 from libra_d2.config_checks import check_config
 
-__all__ = ["load_config"]
+__all__ = ["config_files", "load_config"]
 
 # What MODEL.DEVICE is until a file or an override says otherwise.
 AUTO = "auto"
@@ -55,6 +56,16 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _settle_device(cfg)
     cfg.freeze()
     return cfg
+
+
+def config_files(config_file: str) -> list[str]:
+    """A config file and all that it is based on, once it has been read without an error."""
+    files = []
+    while config_file and os.path.isfile(config_file):
+        files.append(config_file)
+        base = yaml.safe_load(Path(config_file).read_text()).get("_BASE_", "")
+        config_file = base and os.path.join(os.path.dirname(config_file), os.path.expanduser(base))
+    return files
 
 
 def _settle_device(cfg: CfgNode) -> None:
