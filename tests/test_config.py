@@ -70,7 +70,7 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.RPN.NEGATIVE_POSITIVE_UB", 0], r"NEGATIVE_POSITIVE_UB must be -1 \(no bound\)"),
         (["SOLVER.OPTIMIZER", "Adam"], "did you mean 'AdamW'"),
         (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"], "did you mean 'WarmupCosineLR'"),
-        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
+        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH must be at least 1 .*, got 0"),
         (["SOLVER.MAX_ITER", -1], "SOLVER.MAX_ITER must be at least 1"),
         (["MODEL.BFP.NORM", "XX"], "MODEL.BFP.NORM 'XX' does not exist"),
         (["MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]], "ROI_HEADS.IOU_LABELS must be one more than"),

@@ -94,7 +94,7 @@ class TestImportanceWeights:
 
     @pytest.mark.parametrize(("k", "bias"), [(0.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0)])
     def test_k_must_be_positive(self, k, bias):
-        with pytest.raises(ValueError, match="k must be greater than 0, got"):
+        with pytest.raises(ValueError, match="k must be greater than 0, and"):
             importance_weights(torch.arange(3), 3, k=k, bias=bias)
 
     @pytest.mark.parametrize("bias", [-0.1, 1.1, float("nan")])

@@ -25,8 +25,17 @@ __all__ = ["LibraCascadeROIHeads", "LibraROIHeads"]
 class _BalancedSampling:
     """Samples with a :class:`SamplingMatcher`, for any ROI heads it is mixed into."""
 
-    num_iou_bins: int
-    background_iou: float
+    @configurable
+    def __init__(self, *, num_iou_bins: int = 3, background_iou: float = 0.5, **kwargs):
+        """
+        Args:
+            num_iou_bins: number of bins in which the sampled negatives' IoU is logged.
+            background_iou: upper edge of the last of them, in (0, 1].
+            kwargs: those of the ROI heads.
+        """
+        super().__init__(**kwargs)
+        self.num_iou_bins = num_iou_bins
+        self.background_iou = background_iou
 
     def _predict(
         self, features: dict[str, Tensor], proposals: list[Instances]
@@ -120,18 +129,6 @@ class LibraROIHeads(_BalancedSampling, StandardROIHeads):
     it computes what its parent does, bit for bit.
     """
 
-    @configurable
-    def __init__(self, *, num_iou_bins: int = 3, background_iou: float = 0.5, **kwargs):
-        """
-        Args:
-            num_iou_bins: number of bins in which the sampled negatives' IoU is logged.
-            background_iou: upper edge of the last of them, in (0, 1].
-            kwargs: see :class:`StandardROIHeads`.
-        """
-        super().__init__(**kwargs)
-        self.num_iou_bins = num_iou_bins
-        self.background_iou = background_iou
-
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
@@ -159,18 +156,6 @@ class LibraCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
     Switches as in :class:`LibraROIHeads`. With all of them at their defaults it computes what its
     parent does, bit for bit.
     """
-
-    @configurable
-    def __init__(self, *, num_iou_bins: int = 3, background_iou: float = 0.5, **kwargs):
-        """
-        Args:
-            num_iou_bins: number of bins in which the sampled negatives' IoU is logged.
-            background_iou: upper edge of the last of them, in (0, 1].
-            kwargs: see :class:`CascadeROIHeads`.
-        """
-        super().__init__(**kwargs)
-        self.num_iou_bins = num_iou_bins
-        self.background_iou = background_iou
 
     @classmethod
     def from_config(cls, cfg, input_shape):
