@@ -217,8 +217,8 @@ class TestIsrP:
         heads, features, _, _, sampled, got, logged = run_heads(*ISR_P)
         losses, weights, total = self.expected(heads, features, sampled)
         torch.testing.assert_close(got["loss_cls"], (losses * weights).mean())
-        assert logged["pisa/positive_loss"] == pytest.approx(total.item(), rel=1e-5)
-        assert logged["pisa/positive_loss_reweighted"] == pytest.approx(total.item(), rel=1e-5)
+        assert logged["pisa/isr_p_before"] == pytest.approx(total.item(), rel=1e-5)
+        assert logged["pisa/isr_p_after"] == pytest.approx(total.item(), rel=1e-5)
         plain = run_heads()[5]["loss_cls"]
         torch.testing.assert_close(got["loss_cls"], plain)  # the sum is the same; gradients not
 
@@ -237,9 +237,7 @@ class TestIsrP:
     def test_with_weights_of_the_sampler(self):
         _, _, _, _, _, losses, logged = run_heads(*ISR_P, *ISR_N, *FEW)
         assert losses["loss_cls"].isfinite()
-        assert logged["pisa/positive_loss"] == pytest.approx(
-            logged["pisa/positive_loss_reweighted"], rel=1e-5
-        )
+        assert logged["pisa/isr_p_before"] == pytest.approx(logged["pisa/isr_p_after"], rel=1e-5)
 
     def test_retinanet(self):
         """Against the definition, on one level of random anchors."""
@@ -261,9 +259,7 @@ class TestIsrP:
             got, expected = model.losses(*args), plain.losses(*args)
         torch.testing.assert_close(got["loss_cls"], expected["loss_cls"])
         logged = {k: v for k, (v, _) in storage.latest().items()}
-        assert logged["pisa/positive_loss"] == pytest.approx(
-            logged["pisa/positive_loss_reweighted"], rel=1e-5
-        )
+        assert logged["pisa/isr_p_before"] == pytest.approx(logged["pisa/isr_p_after"], rel=1e-5)
         with EventStorage():
             weights = model.classification_weights(anchors, logits, labels, deltas, gt_boxes)
         assert (weights[labels == 10] == 1).all()
@@ -332,8 +328,8 @@ class TestCascade:
         for stage in range(3):
             for name in ("loss_cls", "loss_box_reg", "loss_carl"):
                 assert losses[f"{name}_stage{stage}"].isfinite()
-            before = logged[f"stage{stage}/pisa/positive_loss"]
-            after = logged[f"stage{stage}/pisa/positive_loss_reweighted"]
+            before = logged[f"stage{stage}/pisa/isr_p_before"]
+            after = logged[f"stage{stage}/pisa/isr_p_after"]
             assert before == pytest.approx(after, rel=1e-5)
             assert gradients[f"roi_heads.box_predictor.{stage}.cls_score.weight"].abs().sum() > 0
         assert logged["roi_head/num_fg_samples"] + logged["roi_head/num_bg_samples"] == 32

@@ -403,6 +403,11 @@ def test_trains_under_bfloat16_autocast(matcher):
     assert all(loss.isfinite() for loss in losses.values())
 
 
+def test_a_pyramid_that_lacks_a_level():
+    with pytest.raises(ValueError, match="IN_FEATURES names 'p7', a level .* does not have"):
+        build_model(small_retinanet("MODEL.BACKBONE.NAME", "build_small_resnet_fpn_backbone"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [

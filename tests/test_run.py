@@ -325,6 +325,18 @@ class TestBadInput:
         config = "COCO-Detection/libra_fast_rcnn_R_50_FPN_1x.yaml"
         fails(capsys, command(config, tmp_path / "out", *opts), match)
 
+    def test_an_object_without_a_mask(self, tmp_path, capsys):
+        file = tmp_path / "annotations.json"
+        file.write_text(coco(annotations=[{**ANNOTATION, "segmentation": []}]))
+        register_coco_instances("maskless", {}, str(file), str(tmp_path))
+        try:
+            opts = ("MODEL.MASK_ON", True, "DATASETS.TRAIN", ("maskless",))
+            argv = command(LIBRA, tmp_path / "out", *opts)
+            fails(capsys, argv, "has annotation 1 whose segmentation is empty")
+        finally:
+            DatasetCatalog.remove("maskless")
+            MetadataCatalog.remove("maskless")
+
     def test_an_evaluator_that_there_is_not(self, tmp_path, capsys):
         DatasetCatalog.register("odd", list)
         MetadataCatalog.get("odd").evaluator_type = "panoptic"

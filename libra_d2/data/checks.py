@@ -95,6 +95,9 @@ def _check_coco(content, for_training: bool, fields: tuple) -> list:
                 raise ValueError(
                     f"has annotation {annotation['id']} with the unknown {key} {annotation[key]}"
                 )
+        for field in fields if for_training else ():
+            if not annotation[field]:
+                raise ValueError(f"has annotation {annotation['id']} whose {field} is empty")
         box = annotation["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(_is_number(x) for x in box)):
             raise ValueError(

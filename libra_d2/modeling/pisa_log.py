@@ -10,7 +10,7 @@ __all__ = ["log_reweighting"]
 def log_reweighting(losses: Tensor, before: Tensor, after: Tensor) -> None:
     """Logs the positives' total classification loss without and with ISR-P, which shall be equal.
 
-    As ``pisa/positive_loss`` and ``pisa/positive_loss_reweighted``, with one transfer to the host.
+    As ``pisa/isr_p_before`` and ``pisa/isr_p_after``, with one transfer to the host.
 
     Args:
         losses: classification loss of each positive, (N,).
@@ -19,5 +19,6 @@ def log_reweighting(losses: Tensor, before: Tensor, after: Tensor) -> None:
     """
     sums = torch.stack([(losses * before).sum(), (losses * after).sum()]).tolist()
     storage = get_event_storage()
-    for name, value in zip(("positive_loss", "positive_loss_reweighted"), sums, strict=True):
+    # Without "loss" in their names, with which detectron2 would print them as losses on the screen.
+    for name, value in zip(("isr_p_before", "isr_p_after"), sums, strict=True):
         storage.put_scalar(f"pisa/{name}", value)

@@ -78,8 +78,16 @@ class LibraRetinaNet(RetinaNet):
 
     @classmethod
     def from_config(cls, cfg):
-        ret = super().from_config(cfg)
         options = cfg.MODEL.RETINANET
+        try:
+            ret = super().from_config(cfg)
+        except KeyError as error:
+            if error.args[0] not in options.IN_FEATURES:
+                raise
+            raise ValueError(
+                f"MODEL.RETINANET.IN_FEATURES names '{error.args[0]}', a level that the pyramid of "
+                f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} does not have"
+            ) from None
         use_mmdet = cfg.MODEL.LIBRA.REFERENCE == "mmdet"
         top_block = getattr(ret["backbone"], "top_block", None)
         if use_mmdet and isinstance(top_block, LastLevelP6P7):
