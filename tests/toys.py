@@ -89,6 +89,24 @@ def train_step(cfg, inputs=None):
     return losses, gradients, {k: v for k, (v, _) in storage.latest().items()}, model
 
 
+def one_level(*opts, num_images=2, num_anchors=60):
+    """A RetinaNet and arguments of its ``losses`` on one level of random anchors."""
+    model = build_model(small_retinanet(*opts)).train()
+    generator = torch.Generator().manual_seed(3)
+    corner = torch.rand(num_anchors, 2, generator=generator) * 60
+    anchors = Boxes(torch.cat([corner, corner + 20], dim=1))
+    logits = torch.randn(num_images, num_anchors, 10, generator=generator)
+    deltas = torch.randn(num_images, num_anchors, 4, generator=generator) * 0.3
+    labels = torch.randint(-1, 11, (num_images, num_anchors), generator=generator)
+    shift = torch.rand(num_images, num_anchors, 4, generator=generator) * 4
+    return model, anchors, logits, deltas, labels, anchors.tensor + shift
+
+
+def call_losses(model, anchors, logits, deltas, labels, gt_boxes, **kwargs):
+    with EventStorage():
+        return model.losses([anchors], [logits], list(labels), [deltas], list(gt_boxes), **kwargs)
+
+
 def make_inputs(num_objects=(3, 0, 1), size=(96, 128), masks=False) -> list[dict]:
     """A batch for training: an image with each of these numbers of objects, masked or not."""
     generator = torch.Generator().manual_seed(0)
