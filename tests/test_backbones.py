@@ -8,7 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.modeling.backbone import FPN
 from torch import nn
-from toys import BASELINE, LIBRA, PLAIN, small_config, toy_config
+from toys import BASELINE, LIBRA, PLAIN, RETINANET, small_config, toy_config
 
 
 @BACKBONE_REGISTRY.register()
@@ -86,6 +86,43 @@ class TestBfpBackbone:
     def test_bad_options(self, opts, match):
         with pytest.raises(ValueError, match=match):
             self.build(*opts)
+
+
+class TestPafpn:
+    @torch.no_grad()
+    @pytest.mark.parametrize("bfp", [False, True])
+    def test_two_stage(self, bfp):
+        """Each level by hand; P6 is made from the outcome P5, as in mmdetection."""
+        opts = ["MODEL.BACKBONE.NAME", "build_resnet_pafpn_backbone"]
+        if bfp:
+            opts = ["MODEL.BACKBONE.NAME", "build_bfp_backbone"]
+            opts += ["MODEL.BFP.FPN_BUILDER", "build_resnet_pafpn_backbone"]
+        torch.manual_seed(0)
+        backbone = build_model(toy_config(BASELINE, *opts)).backbone.eval()
+        image = torch.rand(1, 3, 64, 96)
+        plain = FPN.forward(backbone, image)
+        got = backbone.forward(image)  # without the hook that balances
+        path = plain["p2"]
+        assert torch.equal(got["p2"], path)
+        for i in (3, 4, 5):
+            path = plain[f"p{i}"] + getattr(backbone, f"pafpn_downsample{i}")(path)
+            expected = getattr(backbone, f"pafpn_output{i}")(path)
+            assert torch.equal(got[f"p{i}"], expected)
+            assert not torch.equal(expected, plain[f"p{i}"])
+        assert torch.equal(got["p6"], got["p5"][..., ::2, ::2])
+        assert list(got) == ["p2", "p3", "p4", "p5", "p6"]
+        assert any(not torch.equal(backbone(image)[name], got[name]) for name in got) == bfp
+
+    @torch.no_grad()
+    def test_retinanets_p6_and_p7_come_from_the_last_stage(self):
+        opts = ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_pafpn_backbone"]
+        torch.manual_seed(0)
+        backbone = build_model(toy_config(RETINANET, *opts)).backbone.eval()
+        image = torch.rand(1, 3, 128, 128)
+        plain, got = FPN.forward(backbone, image), backbone(image)
+        assert list(got) == ["p3", "p4", "p5", "p6", "p7"]
+        assert all(torch.equal(got[name], plain[name]) for name in ("p3", "p6", "p7"))
+        assert not any(torch.equal(got[name], plain[name]) for name in ("p4", "p5"))
 
 
 class TestCheckpoints:

@@ -66,7 +66,12 @@ class ClassificationLoss:
 
     def of_anchors(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of each anchor, (V,), from logits (V, K) and labels (V,)."""
-        return self.elementwise(logits, one_hot(labels, logits), reduction="none").sum(dim=1)
+        return anchor_losses(self.elementwise, logits, labels)
+
+
+def anchor_losses(elementwise: Elementwise, logits: Tensor, labels: Tensor) -> Tensor:
+    """A loss of each anchor, (V,), summed over classes, from logits (V, K) and labels (V,)."""
+    return elementwise(logits, one_hot(labels, logits), reduction="none").sum(dim=1)
 
 
 def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
@@ -106,7 +111,7 @@ class HardAnchors:
         return labels.masked_fill(~torch.stack(kept), -1)
 
     def _choose(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-        losses = self.elementwise(logits, one_hot(labels, logits), reduction="none").sum(dim=-1)
+        losses = anchor_losses(self.elementwise, logits, labels)
         kept = sample_hard_nms(
             losses, anchors, labels >= 0, self.num_samples, nms_thresh=self.nms_thresh
         )

@@ -8,6 +8,7 @@ Shape shorthand in this module:
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class Matches:
     predictions: Predictions | None = None  # for samplers that ask for them
     weights: Tensor | None = None  # (P,), of each in the classification loss, if a sampler sets it
 
+    @functools.cached_property
     def classification_losses(self) -> Tensor:
         """Cross entropy of each proposal with its ground truth's class or background, (P,)."""
         logits, gt_classes = self.predictions.logits.float(), self.predictions.gt_classes
@@ -101,7 +103,7 @@ def _iou_balanced(cfg: CfgNode) -> Sampler:
 
 def _ohem(cfg: CfgNode) -> Sampler:
     return lambda matches, candidates, num_samples: sample_hard(
-        matches.classification_losses(), candidates, num_samples
+        matches.classification_losses, candidates, num_samples
     )
 
 
@@ -120,7 +122,7 @@ def _score_hlr(cfg: CfgNode) -> Sampler:
             scores, matches.predictions.boxes, candidates, num_samples, **options
         )
         # Weights are 0 where nothing is kept, so that only the kept count in the sums.
-        losses = matches.classification_losses() * kept
+        losses = matches.classification_losses * kept
         matches.weights = torch.where(kept, preserve_loss(weights, losses), 1.0)
         return kept
 
