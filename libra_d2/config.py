@@ -2,19 +2,11 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
 
-__all__ = [
-    "add_libra_config",
-    "background_threshold",
-    "balanced_l1_options",
-    "choose",
-    "get_key",
-    "pisa_options",
-    "suggest",
-]
+__all__ = ["add_libra_config", "choose", "get_key", "settle", "suggest"]
 
 T = TypeVar("T")
 
@@ -22,14 +14,25 @@ T = TypeVar("T")
 def add_libra_config(cfg: CfgNode) -> None:
     """Adds the keys of libra_d2 to a detectron2 config, in place.
 
-    With all of them at their defaults a model computes what detectron2's own computes.
+    With all of them at their defaults a model computes what detectron2's own computes. Keys that
+    are "auto" are settled by ``MODEL.LIBRA.REFERENCE``.
     """
     # Which reading to follow where a paper and mmdetection differ: "paper" or "mmdet".
     cfg.MODEL.LIBRA = CfgNode()
     cfg.MODEL.LIBRA.REFERENCE = "paper"
+    _add_bfp(cfg)
+    _add_rpn(cfg)
+    _add_roi_heads(cfg)
+    _add_pisa(cfg)
+    _add_retinanet(cfg)
+    _add_training(cfg)
 
-    # ---- Balanced feature pyramid (Libra R-CNN, section 3.2): BACKBONE.NAME build_bfp_backbone
+
+def _add_bfp(cfg: CfgNode) -> None:
+    """Balanced feature pyramid (Libra R-CNN, section 3.2): BACKBONE.NAME build_bfp_backbone."""
     cfg.MODEL.BFP = CfgNode()
+    # False for the plain pyramid of FPN_BUILDER.
+    cfg.MODEL.BFP.ENABLED = True
     # Registered builder of the pyramid to balance.
     cfg.MODEL.BFP.FPN_BUILDER = "build_resnet_fpn_backbone"
     # Levels to balance, finest first; empty for all. Levels not named pass through.
@@ -41,49 +44,83 @@ def add_libra_config(cfg: CfgNode) -> None:
     # Normalization after the convolution of REFINE_TYPE "conv".
     cfg.MODEL.BFP.NORM = ""
 
-    # ---- RPN: PROPOSAL_GENERATOR.NAME LibraRPN
+
+def _add_rpn(cfg: CfgNode) -> None:
+    """RPN: PROPOSAL_GENERATOR.NAME LibraRPN. BBOX_REG_LOSS_TYPE may be "balanced_l1"."""
     # At most this many negatives a positive, and at least this many in all; -1 for no limit.
     cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB = -1
+    # What losses are divided by: "batch_size", BATCH_SIZE_PER_IMAGE times the images, or "sampled",
+    # the anchors really sampled. "auto": the latter where negatives are bounded, or with "mmdet".
+    cfg.MODEL.RPN.LOSS_NORMALIZER = "auto"
+    # As for the ROI heads, of those that need no predictions (Libra R-CNN, table 3).
+    cfg.MODEL.RPN.POSITIVE_SAMPLER = "random"
+    cfg.MODEL.RPN.NEGATIVE_SAMPLER = "random"
+    cfg.MODEL.RPN.IOU_BALANCED = _iou_balanced()
+    cfg.MODEL.RPN.BALANCED_L1 = _balanced_l1(beta=1.0)
 
-    # ---- Sampling (Libra R-CNN, section 3.1): ROI_HEADS.NAME LibraROIHeads, LibraCascadeROIHeads
+
+def _add_roi_heads(cfg: CfgNode) -> None:
+    """Sampling and box loss (Libra R-CNN, sections 3.1 and 3.3): ROI_HEADS.NAME Libra..."""
     # "random", "instance_balanced" or "ohem".
     cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
     # "random", "iou_balanced", "ohem" or "score_hlr" (PISA's ISR-N).
     cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "random"
-    cfg.MODEL.ROI_HEADS.IOU_BALANCED = CfgNode()
-    cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS = 3
-    # Negatives below this IoU form a set of their own, which gives FLOOR_FRACTION; 0 for none.
-    cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU = 0.0
-    cfg.MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION = 0.0
-
-    # ISR-N (PISA, section 4.2): negatives that score more are clustered by NMS and ranked,
+    cfg.MODEL.ROI_HEADS.IOU_BALANCED = _iou_balanced()
+    # BBOX_REG_LOSS_TYPE "balanced_l1".
+    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1 = _balanced_l1(beta=1.0)
+    # Former names of MODEL.PISA.ISR_NEGATIVE's keys; they count if they are given.
     cfg.MODEL.ROI_HEADS.SCORE_HLR = CfgNode()
-    cfg.MODEL.ROI_HEADS.SCORE_HLR.SCORE_THRESH = 0.05
-    cfg.MODEL.ROI_HEADS.SCORE_HLR.NMS_THRESH = 0.5
-    # and weigh (BIAS + (1 - BIAS) u) ** K, u falling from 1 at the first rank.
-    cfg.MODEL.ROI_HEADS.SCORE_HLR.K = 0.5
-    cfg.MODEL.ROI_HEADS.SCORE_HLR.BIAS = 0.0
+    for name in ("SCORE_THRESH", "NMS_THRESH", "K", "BIAS"):
+        cfg.MODEL.ROI_HEADS.SCORE_HLR[name] = None
 
-    # ---- PISA (Prime Sample Attention): ROI_HEADS.NAME Libra..., META_ARCHITECTURE LibraRetinaNet
-    # ISR-P (section 4.1): positives weigh by rank, as above.
+
+def _iou_balanced() -> CfgNode:
+    options = CfgNode()
+    options.NUM_BINS = 3
+    # Negatives below this IoU form a set of their own, which gives FLOOR_FRACTION; 0 for none.
+    options.FLOOR_IOU = 0.0
+    options.FLOOR_FRACTION = 0.0
+    # Where the bins end: "background", the matcher's threshold (paper), or "image_max", the largest
+    # IoU of the image (mmdet).
+    options.UPPER_IOU = "auto"
+    return options
+
+
+def _balanced_l1(beta: float) -> CfgNode:
+    options = CfgNode()
+    options.ALPHA = 0.5
+    options.GAMMA = 1.5
+    options.BETA = beta
+    # What it is with a BETA other than 1: "paper" or "mmdet".
+    options.FORM = "auto"
+    return options
+
+
+def _add_pisa(cfg: CfgNode) -> None:
+    """Prime Sample Attention: ROI_HEADS.NAME Libra..., META_ARCHITECTURE LibraRetinaNet."""
     cfg.MODEL.PISA = CfgNode()
+    # ISR-P (section 4.1): positives weigh (BIAS + (1 - BIAS) u) ** K, u falling from 1 at the first
+    # rank.
     cfg.MODEL.PISA.ISR_POSITIVE = CfgNode()
     cfg.MODEL.PISA.ISR_POSITIVE.ENABLED = False
     cfg.MODEL.PISA.ISR_POSITIVE.K = 2.0
     cfg.MODEL.PISA.ISR_POSITIVE.BIAS = 0.0
+    # ISR-N (section 4.2), NEGATIVE_SAMPLER "score_hlr": negatives that score more than this are
+    # clustered by NMS and ranked, and weigh by rank as above.
+    cfg.MODEL.PISA.ISR_NEGATIVE = CfgNode()
+    cfg.MODEL.PISA.ISR_NEGATIVE.SCORE_THRESH = 0.05
+    cfg.MODEL.PISA.ISR_NEGATIVE.NMS_THRESH = 0.5
+    cfg.MODEL.PISA.ISR_NEGATIVE.K = 0.5
+    cfg.MODEL.PISA.ISR_NEGATIVE.BIAS = 0.0
     # CARL (section 4.3): box losses weigh by the predicted probability of the true class.
     cfg.MODEL.PISA.CARL = CfgNode()
     cfg.MODEL.PISA.CARL.ENABLED = False
     cfg.MODEL.PISA.CARL.K = 1.0
     cfg.MODEL.PISA.CARL.BIAS = 0.2
 
-    # ---- Balanced L1 loss (Libra R-CNN, section 3.3): BBOX_REG_LOSS_TYPE "balanced_l1"
-    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1 = CfgNode()
-    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA = 0.5
-    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.GAMMA = 1.5
-    cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1.BETA = 1.0
 
-    # ---- RetinaNet: META_ARCHITECTURE LibraRetinaNet
+def _add_retinanet(cfg: CfgNode) -> None:
+    """RetinaNet: META_ARCHITECTURE LibraRetinaNet. BBOX_REG_LOSS_TYPE may be "balanced_l1"."""
     # "focal", "balanced_ce" (alpha-balanced cross entropy) or "ohem".
     cfg.MODEL.RETINANET.CLS_LOSS_TYPE = "focal"
     # OHEM on anchors (focal-loss paper, table 1d).
@@ -94,24 +131,26 @@ def add_libra_config(cfg: CfgNode) -> None:
     cfg.MODEL.RETINANET.OHEM.NMS_THRESH = 0.7
     # At most this many negatives a positive, and at least this many in all; -1 for no limit.
     cfg.MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB = -1
-    # The same as for the ROI heads; beta 0.11 is the published Libra RetinaNet's.
-    cfg.MODEL.RETINANET.BALANCED_L1 = CfgNode()
-    cfg.MODEL.RETINANET.BALANCED_L1.ALPHA = 0.5
-    cfg.MODEL.RETINANET.BALANCED_L1.GAMMA = 1.5
-    cfg.MODEL.RETINANET.BALANCED_L1.BETA = 0.11
+    # Beta 0.11 is the published Libra RetinaNet's.
+    cfg.MODEL.RETINANET.BALANCED_L1 = _balanced_l1(beta=0.11)
     cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
     # "max_iou" or "mutual_guidance" (ACCV 2020), which reads IOU_THRESHOLDS too.
     cfg.MODEL.RETINANET.MATCHER = "max_iou"
     cfg.MODEL.RETINANET.MUTUAL_GUIDANCE = CfgNode()
     # Greater than 1; the larger, the less the predicted scores matter for box regression.
     cfg.MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA = 2.0
+    # What P7 is made from: "relu" of P6 (paper, detectron2) or P6 itself, "none" (mmdet).
+    cfg.MODEL.RETINANET.P7_ACTIVATION = "auto"
+    # When predicted boxes are clipped to the image: "after_nms" (paper, detectron2) or "before_nms"
+    # (mmdet), where those outside of it are dropped.
+    cfg.MODEL.RETINANET.CLIP_BOXES = "auto"
 
-    # ---- A ResNet small enough for a CPU: BACKBONE.NAME build_small_resnet_fpn_backbone
+
+def _add_training(cfg: CfgNode) -> None:
+    """Optimizer, and a ResNet small enough for a CPU: BACKBONE.NAME build_small_resnet_..."""
     cfg.MODEL.SMALL_RESNET = CfgNode()
     # Output channels of the stages res2 .. res5, each of one basic block.
     cfg.MODEL.SMALL_RESNET.OUT_CHANNELS = [32, 64, 96, 128]
-
-    # ---- Training
     # "SGD" or "AdamW" (BASE_LR and WEIGHT_DECAY are read by both).
     cfg.SOLVER.OPTIMIZER = "SGD"
 
@@ -131,7 +170,19 @@ def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> 
     return choices[value] if isinstance(choices, Mapping) else value
 
 
-def get_key(cfg: CfgNode, key: str):
+def settle(key: str, cfg: CfgNode, *, paper: str, mmdet: str) -> str:
+    """The value of a key that may be "auto": then it is what ``MODEL.LIBRA.REFERENCE`` asks for.
+
+    Raises:
+        ValueError: if the value is neither that nor one of the two.
+    """
+    own, by_reference = get_key(cfg, key), {"paper": paper, "mmdet": mmdet}
+    if own == "auto":
+        return choose("MODEL.LIBRA.REFERENCE", cfg, by_reference)
+    return choose(key, cfg, ("auto", *by_reference.values()))
+
+
+def get_key(cfg: CfgNode, key: str) -> Any:
     """The value of a dotted key."""
     for part in key.split("."):
         cfg = cfg[part]
@@ -140,29 +191,5 @@ def get_key(cfg: CfgNode, key: str):
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """A clause that names the known word nearest to ``word``, or nothing if none is near."""
-    nearest = difflib.get_close_matches(word, list(known), n=1)
+    nearest = difflib.get_close_matches(str(word), list(known), n=1)
     return f" (did you mean '{nearest[0]}'?)" if nearest else ""
-
-
-def background_threshold(cfg: CfgNode) -> float:
-    """The IoU below which the ROI heads' matcher calls a proposal background."""
-    thresholds, labels = cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS, cfg.MODEL.ROI_HEADS.IOU_LABELS
-    edges = [upper for upper, label in zip([*thresholds, 1.0], labels, strict=True) if label == 0]
-    return max(edges, default=thresholds[0])
-
-
-def balanced_l1_options(cfg: CfgNode, head: CfgNode) -> dict:
-    """Keyword arguments of :func:`libra_d2.losses.balanced_l1_loss` for a head of the config."""
-    options = head.BALANCED_L1
-    return {
-        "alpha": options.ALPHA,
-        "gamma": options.GAMMA,
-        "beta": options.BETA,
-        "reference": cfg.MODEL.LIBRA.REFERENCE,
-    }
-
-
-def pisa_options(cfg: CfgNode, part: str) -> dict | None:
-    """``k`` and ``bias`` of a part of PISA, "ISR_POSITIVE" or "CARL"; None if it is off."""
-    options = cfg.MODEL.PISA[part]
-    return {"k": options.K, "bias": options.BIAS} if options.ENABLED else None

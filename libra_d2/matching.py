@@ -24,11 +24,11 @@ def check_mutual_guidance(positive_iou: float, negative_iou: float, sigma: float
     """Raises ``ValueError`` unless the options of the matching functions make sense."""
     if not 0.0 < negative_iou <= positive_iou <= 1.0:
         raise ValueError(
-            "Mutual Guidance needs 0 < negative_iou <= positive_iou <= 1, "
-            f"got negative_iou {negative_iou} and positive_iou {positive_iou}"
+            f"negative_iou must be above 0 and at most positive_iou, which is at most 1; got "
+            f"{negative_iou} and {positive_iou}"
         )
     if not 1.0 < sigma < math.inf:
-        raise ValueError(f"Mutual Guidance's sigma must be greater than 1, got {sigma}")
+        raise ValueError(f"sigma must be greater than 1, got {sigma}")
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ __all__ = [
 def check_importance(k: float, bias: float) -> None:
     """Raises ``ValueError`` unless k and bias, of whatever part of PISA, make sense."""
     if not 0.0 < k <= 100.0:
-        raise ValueError(f"PISA's k must be greater than 0, and at most 100, got {k}")
+        raise ValueError(f"k must be greater than 0, and at most 100, got {k}")
     if not 0.0 <= bias <= 1.0:
-        raise ValueError(f"PISA's bias must be in [0, 1], got {bias}")
+        raise ValueError(f"bias must be in [0, 1], got {bias}")
 
 
 def hierarchical_local_rank(

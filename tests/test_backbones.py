@@ -1,6 +1,7 @@
 """The balanced pyramid around any other, and the checkpoints that load into it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from detectron2.modeling.backbone import FPN
 from torch import nn
 from toys import BASELINE, LIBRA, PLAIN, RETINANET, small_config, toy_config
+
+from libra_d2.layers import BalancedFeaturePyramid
+from libra_d2.modeling import BalancedPyramid
 
 
 @BACKBONE_REGISTRY.register()
@@ -38,11 +42,12 @@ class TestBfpBackbone:
         for parameter in backbone.bfp.parameters():
             nn.init.normal_(parameter, std=0.1)
         image = torch.rand(2, 3, 64, 96)
-        plain = backbone.forward(image)  # without the hook that balances
+        plain = backbone.pyramid(image)
         names = ["p2", "p3", "p4", "p5", "p6"]
         expected = backbone.bfp([plain[name] for name in names])
-        got = backbone(image)
+        got, called = backbone(image), backbone.forward(image)
         assert list(got) == names
+        assert all(torch.equal(got[name], called[name]) for name in names)
         for name, level in zip(names, expected, strict=True):
             torch.testing.assert_close(got[name], level)
             assert not torch.equal(got[name], plain[name])
@@ -51,13 +56,41 @@ class TestBfpBackbone:
         names = ["p2", "p3", "p4", "p5"]
         backbone = self.build("MODEL.BFP.IN_FEATURES", names).eval()
         image = torch.rand(1, 3, 64, 64)
-        plain, got = backbone.forward(image), backbone(image)
+        plain, got = backbone.pyramid(image), backbone(image)
         assert torch.equal(got["p6"], plain["p6"])
         assert not any(torch.equal(got[name], plain[name]) for name in names)
 
-    def test_is_still_the_pyramid(self):
+    def test_has_what_the_pyramid_has(self):
         backbone = self.build()
-        assert isinstance(backbone, FPN) and backbone.size_divisibility == 32
+        assert isinstance(backbone, BalancedPyramid) and isinstance(backbone.pyramid, FPN)
+        assert backbone.size_divisibility == 32
+        assert backbone.padding_constraints == backbone.pyramid.padding_constraints
+        assert backbone.output_shape() == backbone.pyramid.output_shape()
+        assert backbone.bottom_up is backbone.pyramid.bottom_up
+        assert "(bfp): BalancedFeaturePyramid" in str(backbone)
+        with pytest.raises(AttributeError, match="nothing"):
+            _ = backbone.nothing
+
+    def test_is_switched_off_by_one_override(self):
+        assert type(self.build("MODEL.BFP.ENABLED", False)) is FPN
+
+    def test_wrapping_twice_is_refused(self):
+        backbone = self.build()
+        with pytest.raises(ValueError, match="got one that is balanced already"):
+            BalancedPyramid(backbone, BalancedFeaturePyramid(64, 5))
+
+    @pytest.mark.parametrize(("channels", "levels"), [(64, 4), (32, 5)])
+    def test_a_bfp_that_does_not_fit(self, channels, levels):
+        pyramid = self.build().pyramid
+        with pytest.raises(ValueError, match="bfp must be for 5 levels, p2, p3, .*of 64 channels"):
+            BalancedPyramid(pyramid, BalancedFeaturePyramid(channels, levels))
+
+    def test_copies_and_pickles(self):
+        backbone = self.build()
+        copied = pickle.loads(pickle.dumps(backbone)).eval()
+        image = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            assert torch.equal(copied(image)["p2"], backbone.eval()(image)["p2"])
         copied = copy.deepcopy(backbone).eval()
         image = torch.rand(1, 3, 64, 64)
         nn.init.ones_(copied.bfp.refine.conv_out.bias)
@@ -68,7 +101,7 @@ class TestBfpBackbone:
         [
             (
                 ("MODEL.BFP.REFINE_LEVEL", 5),
-                r"REFINE_LEVEL must be in \[0, 4\].*p2, p3, p4",
+                r"MODEL.BFP.REFINE_LEVEL must be in \[0, 4\] for 5 levels, got 5",
             ),
             (("MODEL.BFP.REFINE_LEVEL", -1), "REFINE_LEVEL must be in"),
             (("MODEL.BFP.REFINE_TYPE", "nonlocal"), "did you mean 'non_local'.*conv, none"),
@@ -100,8 +133,8 @@ class TestPafpn:
         torch.manual_seed(0)
         backbone = build_model(toy_config(BASELINE, *opts)).backbone.eval()
         image = torch.rand(1, 3, 64, 96)
-        plain = FPN.forward(backbone, image)
-        got = backbone.forward(image)  # without the hook that balances
+        pyramid = backbone.pyramid if bfp else backbone
+        plain, got = FPN.forward(pyramid, image), pyramid(image)
         path = plain["p2"]
         assert torch.equal(got["p2"], path)
         for i in (3, 4, 5):

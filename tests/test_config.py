@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from detectron2.modeling import build_model
 from toys import BASELINE, CONFIGS, LIBRA, RETINANET, toy_config
 
 from libra_d2.engine import load_config
+from libra_d2.modeling import ScoreHlrSampler
 
 SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 
@@ -59,22 +61,39 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.LIBRA.REFERENCE", "mmdetection"], "did you mean 'mmdet'.*paper, mmdet"),
         (["MODEL.BFP.REFINE_TYPE", "nonlocal"], "did you mean 'non_local'"),
         (["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_11"], "did you mean 'balanced_l1'"),
-        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA", 0.0], "BALANCED_L1: .*alpha must be a positive"),
-        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.GAMMA", -1.0], "gamma must be a positive number"),
-        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.BETA", 0.0], "beta must be a positive number"),
-        (["MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.5], r"ROI_HEADS.POSITIVE_FRACTION must be in"),
-        (["MODEL.RPN.POSITIVE_FRACTION", -0.5], r"RPN.POSITIVE_FRACTION must be in \[0, 1\]"),
+        (
+            ["MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA", 0.0],
+            "ROI_BOX_HEAD.BALANCED_L1.ALPHA must be a positive",
+        ),
+        (
+            ["MODEL.ROI_BOX_HEAD.BALANCED_L1.GAMMA", -1.0],
+            "BALANCED_L1.GAMMA must be a positive number",
+        ),
+        (
+            ["MODEL.ROI_BOX_HEAD.BALANCED_L1.BETA", 0.0],
+            "BALANCED_L1.BETA must be a positive number",
+        ),
+        (
+            ["MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.5],
+            r"ROI_HEADS.POSITIVE_FRACTION must be in \[0.0, 1.0\]",
+        ),
+        (["MODEL.RPN.POSITIVE_FRACTION", -0.5], r"RPN.POSITIVE_FRACTION must be in \[0.0, 1.0\]"),
         (["MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_FRACTION", 2.0], "FLOOR_FRACTION must be in"),
         (["MODEL.ROI_HEADS.IOU_BALANCED.FLOOR_IOU", 0.7], "FLOOR_IOU must be below"),
-        (["MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS", 0], "NUM_BINS must be at least 1"),
-        (["MODEL.RPN.NEGATIVE_POSITIVE_UB", 0], r"NEGATIVE_POSITIVE_UB must be -1 \(no bound\)"),
+        (
+            ["MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS", 0],
+            r"NUM_BINS must be in \[1, 100\]",
+        ),
         (["SOLVER.OPTIMIZER", "Adam"], "did you mean 'AdamW'"),
         (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"], "did you mean 'WarmupCosineLR'"),
-        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH must be at least 1 .*, got 0"),
-        (["SOLVER.MAX_ITER", -1], "SOLVER.MAX_ITER must be at least 1"),
+        (["SOLVER.IMS_PER_BATCH", 0], r"SOLVER.IMS_PER_BATCH must be in \[1, .*, got 0"),
+        (["SOLVER.MAX_ITER", -1], r"SOLVER.MAX_ITER must be in \[1, "),
         (["MODEL.BFP.NORM", "XX"], "MODEL.BFP.NORM 'XX' does not exist"),
         (["MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]], "ROI_HEADS.IOU_LABELS must be one more than"),
-        (["MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA", 0.01], "gamma / alpha must be in"),
+        (
+            ["MODEL.ROI_BOX_HEAD.BALANCED_L1.ALPHA", 0.01],
+            "GAMMA must be between",
+        ),
         (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "MODEL.ROI_HEADS.NAME.*LibraROIHeads"),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "NEGATIVE_POSITIVE_UB 5 needs.*LibraRPN"),
         (["MODEL.DEVICE", "gpu"], "a device of torch such as cuda or cpu, got 'gpu'"),
@@ -83,16 +102,21 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
             ["MODEL.RETINANET.MATCHER", "mutual_guidance"],
             "MATCHER mutual_guidance needs MODEL.META_ARCHITECTURE LibraRetinaNet, got Generalized",
         ),
-        (["MODEL.PISA.ISR_POSITIVE.K", 0.0], "MODEL.PISA.ISR_POSITIVE: .*k must be greater than 0"),
-        (["MODEL.PISA.CARL.BIAS", 1.5], r"MODEL.PISA.CARL: .*bias must be in \[0, 1\], got 1.5"),
-        (["MODEL.ROI_HEADS.SCORE_HLR.K", -1.0], "MODEL.ROI_HEADS.SCORE_HLR: .*k must be"),
+        (["MODEL.PISA.ISR_POSITIVE.K", 0.0], "MODEL.PISA.ISR_POSITIVE.K must be greater than 0"),
+        (["MODEL.PISA.CARL.BIAS", 1.5], r"MODEL.PISA.CARL.BIAS must be in \[0, 1\], got 1.5"),
+        (["MODEL.ROI_HEADS.SCORE_HLR.K", -1.0], "MODEL.ROI_HEADS.SCORE_HLR.K must be"),
         (["MODEL.ROI_HEADS.SCORE_HLR.NMS_THRESH", 1.5], "SCORE_HLR.NMS_THRESH must be in"),
         (
-            [
-                *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "score_hlr"),
-                *("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True),
-            ],
-            "NEGATIVE_SAMPLER score_hlr needs MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE False",
+            ["MODEL.PISA.ISR_NEGATIVE.BIAS", 2.0],
+            "PISA.ISR_NEGATIVE.BIAS must be in",
+        ),
+        (["MODEL.RPN.NEGATIVE_SAMPLER", "iou"], "RPN.NEGATIVE_SAMPLER 'iou' does not exist"),
+        (["MODEL.RPN.IOU_BALANCED.FLOOR_IOU", 0.4], "RPN.IOU_BALANCED.FLOOR_IOU must be below"),
+        (["MODEL.RPN.IOU_BALANCED.UPPER_IOU", "max"], "UPPER_IOU 'max' .*auto, background, image_"),
+        (["MODEL.RPN.BALANCED_L1.FORM", "papers"], "RPN.BALANCED_L1.FORM .*did you mean 'paper'"),
+        (
+            ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.NEGATIVE_SAMPLER", "iou_balanced"],
+            "needs MODEL.PROPOSAL_GENERATOR.NAME LibraRPN, got RPN",
         ),
         (
             ["MODEL.META_ARCHITECTURE", "LibraRetinaNet"],
@@ -105,7 +129,7 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
             [*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6)],
             "BBOX_REG_WEIGHTS must be four positive numbers for each of the 2 stages",
         ),
-        (["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**20], "must be at least 1 .and at most"),
+        (["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**20], r"must be in \[1, 1000000000\]"),
         (["MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]], "RPN.IOU_THRESHOLDS must be ascending"),
     ],
 )
@@ -133,7 +157,10 @@ DETECTRON2S = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
             "needs.*of a two-stage.*got LibraRetin",
         ),
         (["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "l1"], "BBOX_REG_LOSS_TYPE 'l1' does not exist"),
-        ([*GUIDED, "MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA", 1.0], "SIGMA: .*greater than 1, got 1"),
+        (
+            [*GUIDED, "MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA", 1.0],
+            "GUIDANCE.SIGMA must be greater",
+        ),
         ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.5, 0.4]], "must be ascending numbers"),
         ([*GUIDED, "MODEL.RETINANET.IOU_THRESHOLDS", [0.4, 1.5]], r"ascending numbers in \(0, 1\]"),
         (
@@ -157,21 +184,62 @@ DETECTRON2S = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
             "IOU_THRESHOLDS must be two for MATCHER mutual_guidance",
         ),
         (["MODEL.RETINANET.IOU_LABELS", [0, 1]], "RETINANET.IOU_LABELS must be one more than"),
-        (["MODEL.RETINANET.BALANCED_L1.ALPHA", 0.0], "RETINANET.BALANCED_L1: .*alpha must be"),
+        (["MODEL.RETINANET.BALANCED_L1.ALPHA", 0.0], "RETINANET.BALANCED_L1.ALPHA must be"),
         (["MODEL.RETINANET.OHEM.NMS_THRESH", 1.5], r"OHEM.NMS_THRESH must be in \[0, 1\]"),
-        (["MODEL.RETINANET.OHEM.BATCH_SIZE_PER_IMAGE", 0], "BATCH_SIZE_PER_IMAGE must be at least"),
+        (
+            ["MODEL.RETINANET.OHEM.BATCH_SIZE_PER_IMAGE", 0],
+            "PER_IMAGE must be at least 1",
+        ),
         (["MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB", 0], r"must be -1 \(no bound\)"),
-        (["MODEL.RETINANET.PRIOR_PROB", 0.0], "PRIOR_PROB must be between 0 and 1, got 0"),
+        (
+            ["MODEL.RETINANET.PRIOR_PROB", 0.0],
+            r"PRIOR_PROB must be in \[1e-09, ",
+        ),
         (["MODEL.RETINANET.FOCAL_LOSS_ALPHA", 1.5], r"FOCAL_LOSS_ALPHA must be in \[0, 1\]"),
         (["MODEL.RETINANET.FOCAL_LOSS_GAMMA", -1.0], "FOCAL_LOSS_GAMMA must not be negative"),
-        (["MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", -1.0], "LOSS_WEIGHT must not be negative"),
-        (["MODEL.RETINANET.NUM_CONVS", 0], "NUM_CONVS must be at least 1"),
+        (["MODEL.RETINANET.NUM_CONVS", 0], r"NUM_CONVS must be in \[1, "),
+        (
+            ["MODEL.RETINANET.CLIP_BOXES", "before_nms", *DETECTRON2S],
+            "CLIP_BOXES before_nms needs MODEL.META_ARCHITECTURE LibraRetinaNet",
+        ),
     ],
 )
 def test_bad_values_of_a_retinanet_are_one_sentence(opts, match):
     with pytest.raises(ValueError, match=match) as error:
         load_config(str(CONFIGS / RETINANET), [str(opt) for opt in opts])
     assert "\n" not in str(error.value)
+
+
+SIGMOID = ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]
+
+
+@pytest.mark.parametrize(
+    ("config", "opts", "match"),
+    [
+        (LIBRA, ["MODEL.RPN.NEGATIVE_POSITIVE_UB", 0], r"RPN.NEGATIVE_POSITIVE_UB must be -1 \(no"),
+        (LIBRA, ["MODEL.RPN.LOSS_NORMALIZER", "mean"], "NORMALIZER 'mean' .*batch_size, sampled"),
+        (LIBRA, ["MODEL.RPN.NEGATIVE_SAMPLER", "ohem"], "OhemSampler.* not for an RPN"),
+        (LIBRA, ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "score_hlr", *SIGMOID], "ScoreHlr.*softmax"),
+        (LIBRA, ["MODEL.ROI_HEADS.POSITIVE_SAMPLER", "ohem", *SIGMOID], "OhemSampler.*softmax"),
+        (LIBRA, ["MODEL.PISA.CARL.ENABLED", True, *SIGMOID], "Carl.*needs the softmax"),
+        (LIBRA, ["MODEL.PISA.ISR_POSITIVE.ENABLED", True, *SIGMOID], "IsrPositive.*the softmax"),
+        (RETINANET, ["MODEL.RETINANET.P7_ACTIVATION", "gelu"], "'gelu' .*auto, relu, none"),
+        (RETINANET, ["MODEL.RETINANET.CLIP_BOXES", "no"], "'no' .*auto, after_nms, before_nms"),
+        (RETINANET, ["MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", -1.0], "WEIGHT must not be negative"),
+    ],
+)
+def test_what_a_class_refuses_is_said_when_the_model_is_built(config, opts, match):
+    with pytest.raises(ValueError, match=match) as error:
+        build_model(toy_config(config, *opts))
+    assert "\n" not in str(error.value)
+
+
+def test_former_names_of_isr_negative_count():
+    opts = ("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "score_hlr", "MODEL.PISA.ISR_NEGATIVE.K", 3.0)
+    former = ("MODEL.ROI_HEADS.SCORE_HLR.BIAS", 0.25, "MODEL.ROI_HEADS.SCORE_HLR.NMS_THRESH", 0.3)
+    heads = build_model(toy_config(LIBRA, *opts, *former)).roi_heads
+    expected = ScoreHlrSampler(score_thresh=0.05, nms_thresh=0.3, k=3.0, bias=0.25)
+    assert heads.proposal_matcher.negative_sampler == expected
 
 
 def test_focal_ablations_are_the_papers_table():

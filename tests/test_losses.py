@@ -140,7 +140,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         ({"gamma": -1.0}, "gamma must be a positive"),
         ({"beta": 0.0}, "beta must be a positive"),
         ({"beta": math.nan}, "beta must be a positive"),
-        ({"alpha": 0.01}, "gamma / alpha must be in"),
+        ({"alpha": 0.01}, "gamma must be between"),
         ({"reference": "papr"}, "one of paper, mmdet"),
         ({"reduction": "avg"}, "one of none, mean, sum"),
     ],

@@ -217,7 +217,7 @@ def test_sigma_must_be_greater_than_one(sigma):
 @pytest.mark.parametrize("function", [localize_to_classify, classify_to_localize])
 def test_thresholds_must_be_ordered(function, thresholds):
     positive_iou, negative_iou = thresholds
-    with pytest.raises(ValueError, match="0 < negative_iou <= positive_iou <= 1, got"):
+    with pytest.raises(ValueError, match="negative_iou must be above 0 and at most positive_iou"):
         function(
             torch.zeros(1, 2),
             torch.zeros(1, 2),

@@ -1,7 +1,6 @@
 """Adapters: equal to detectron2 at defaults, every switch alone and with every other."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -14,14 +13,14 @@ from toys import BASELINE, LIBRA, PLAIN, make_inputs, small_config, toy_config, 
 from libra_d2.losses import balanced_l1_loss
 from libra_d2.modeling import LibraRPN
 
-# Each switch of the family: off and on.
+# Each switch of Libra R-CNN, and what it is off.
 SWITCHES = {
-    "MODEL.BACKBONE.NAME": ("build_small_resnet_fpn_backbone", "build_bfp_backbone"),
-    "MODEL.RPN.NEGATIVE_POSITIVE_UB": (-1, 5),
-    "MODEL.ROI_HEADS.POSITIVE_SAMPLER": ("random", "instance_balanced"),
-    "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": ("random", "iou_balanced"),
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1", "balanced_l1"),
-    "MODEL.LIBRA.REFERENCE": ("paper", "mmdet"),
+    "MODEL.BFP.ENABLED": False,
+    "MODEL.RPN.NEGATIVE_POSITIVE_UB": -1,
+    "MODEL.RPN.LOSS_NORMALIZER": "batch_size",
+    "MODEL.ROI_HEADS.POSITIVE_SAMPLER": "random",
+    "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": "random",
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": "smooth_l1",
 }
 
 
@@ -68,23 +67,13 @@ class TestAtDefaults:
 
 
 class TestSwitches:
-    @pytest.mark.parametrize("values", list(itertools.product(*SWITCHES.values())))
-    def test_every_combination_trains(self, values):
-        opts = itertools.chain(*zip(SWITCHES, values, strict=True))
-        losses, gradients, _, model = train_step(small_config(BASELINE, *opts))
-        assert all(loss.isfinite() for loss in losses.values())
-        assert all(g.isfinite().all() for g in gradients.values())
-        missing = {n for n, p in model.named_parameters() if p.requires_grad} - set(gradients)
-        assert not missing
-        assert gradients["roi_heads.box_predictor.bbox_pred.weight"].abs().sum() > 0
-
-    @pytest.mark.parametrize("switch", list(SWITCHES)[:5])
+    @pytest.mark.parametrize("switch", list(SWITCHES))
     def test_one_override_switches_it_off(self, switch):
         """What it does is tested elsewhere; here, that the override reaches it."""
         opts = ["MODEL.BACKBONE.NAME", "build_bfp_backbone"]
         opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32]
         on = train_step(small_config(LIBRA, *opts))
-        off = train_step(small_config(LIBRA, *opts, switch, SWITCHES[switch][0]))
+        off = train_step(small_config(LIBRA, *opts, switch, SWITCHES[switch]))
         assert any(on[0][name] != off[0][name] for name in on[0])
 
     @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ class TestMutualGuidance:
         opts = ["MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA", 3.0]
         opts += ["MODEL.RETINANET.IOU_THRESHOLDS", [0.3, 0.6]]
         matcher = build_model(small_retinanet(*self.OPTS, *opts)).prediction_matcher
-        assert matcher.sigma == 3.0
-        assert matcher.thresholds == {"positive_iou": 0.6, "negative_iou": 0.3}
+        expected = MutualGuidanceMatcher(sigma=3.0, positive_iou=0.6, negative_iou=0.3)
+        assert matcher == expected
 
     def test_half_precision_predictions_give_float32_labels(self):
         matcher = MutualGuidanceMatcher(sigma=2.0, positive_iou=0.5, negative_iou=0.4)

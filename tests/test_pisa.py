@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from toys import BASELINE, make_inputs, small_config, small_retinanet, train_step
 
 from libra_d2.losses import carl_loss
-from libra_d2.modeling import SamplingMatcher
+from libra_d2.modeling import OhemSampler, SamplingMatcher
 from libra_d2.modeling.samplers import Predictions
 from libra_d2.ranking import hierarchical_local_rank, importance_weights
 
@@ -151,9 +151,8 @@ class TestPredictionsOfCandidates:
         features = {f"p{i}": torch.randn(2, 64, 96 >> i, 128 >> i) for i in (2, 3, 4, 5)}
         before = copy.deepcopy(heads.state_dict())
         state = torch.get_rng_state()
-        predictions = heads._predict_candidates(
-            features, as_proposals(inputs), [x["instances"] for x in inputs]
-        )
+        proposals, targets = as_proposals(inputs), [x["instances"] for x in inputs]
+        predictions = heads._take_predictions(*heads._add_predictions(features, proposals, targets))
         assert torch.equal(torch.get_rng_state(), state)
         torch.testing.assert_close(heads.state_dict(), before, rtol=0, atol=0)
         assert [len(p.logits) for p in predictions] == [202, 201]
@@ -162,7 +161,9 @@ class TestPredictionsOfCandidates:
     def test_are_those_of_the_highest_scoring_class(self):
         heads, features, proposals, targets, *_ = run_heads(*ISR_N, num_objects=(2,))
         with torch.no_grad():
-            (image,) = heads._predict_candidates(features, proposals, targets)
+            (image,) = heads._take_predictions(
+                *heads._add_predictions(features, proposals, targets)
+            )
             boxes = torch.cat([proposals[0].proposal_boxes.tensor, targets[0].gt_boxes.tensor])
             logits, deltas = predict(heads, features, [boxes])
         best = logits[:, :10].argmax(dim=1)
@@ -179,13 +180,54 @@ class TestPredictionsOfCandidates:
         assert not any(image.has("candidate") for image in sampled)
 
     def test_of_an_earlier_batch_are_not_used_again(self):
-        matcher = SamplingMatcher.from_config(small_config(BASELINE, *OHEM), lambda ious: None)
-        image = Predictions(torch.zeros(0, 11), torch.zeros(0, 4), torch.zeros(0))
-        with matcher.looking_at([image]):
-            pass
-        matcher.matcher = Matcher([0.5], [0, 1])
-        with pytest.raises(RuntimeError, match="needs predictions"):
+        matcher = SamplingMatcher(
+            Matcher([0.5], [0, 1]),
+            negative_sampler=OhemSampler(),
+            batch_size_per_image=8,
+            positive_fraction=0.5,
+        )
+        image = Predictions(torch.zeros(3, 11), torch.zeros(3, 4), torch.zeros(1).long())
+        with matcher.of([image]):
             matcher(torch.zeros(1, 3))
+            with pytest.raises(ValueError, match="nothing is predicted for this one"):
+                matcher(torch.zeros(1, 3))
+        with pytest.raises(ValueError, match="OhemSampler.* look at what the box head predicts"):
+            matcher(torch.zeros(1, 3))
+
+    def test_of_another_image_are_refused(self):
+        matcher = SamplingMatcher(
+            Matcher([0.5], [0, 1]),
+            positive_sampler=OhemSampler(),
+            batch_size_per_image=8,
+            positive_fraction=0.5,
+        )
+        image = Predictions(torch.zeros(4, 11), torch.zeros(4, 4), torch.zeros(1).long())
+        with matcher.of([image]), pytest.raises(ValueError, match="image 0 .* 3 candidates"):
+            matcher(torch.zeros(1, 3))
+
+    @pytest.mark.parametrize("opts", [OHEM, ISR_N, (*OHEM, *CASCADE)])
+    def test_two_forward_passes_before_one_backward(self, opts):
+        """Also where the extra pass goes through batch norm that is trained."""
+        norm = ["MODEL.ROI_BOX_HEAD.NUM_CONV", 1, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16]
+        norm += ["MODEL.ROI_BOX_HEAD.NORM", "BN"]
+        torch.manual_seed(0)
+        model = build_model(small_config(BASELINE, *opts, *norm)).train()
+        with EventStorage():
+            losses = [*model(make_inputs((2, 1))).values(), *model(make_inputs((1, 2))).values()]
+        sum(losses).backward()
+        assert model.roi_heads.state_dict()  # and nothing was left behind
+        assert all(p.grad.isfinite().all() for p in model.roi_heads.parameters())
+
+    def test_heads_that_are_asked_to_sample_alone(self):
+        """Without predictions only samplers that need none can: nothing is made up."""
+        heads, features, proposals, targets, *_ = run_heads(*OHEM, *FEW)
+        with EventStorage(), pytest.raises(ValueError, match="look at what the box head predicts"):
+            heads.label_and_sample_proposals(proposals, targets)
+        with EventStorage():
+            sampled = heads.label_and_sample_proposals(
+                *heads._add_predictions(features, proposals, targets)
+            )
+        assert [len(image) for image in sampled] == [32, 32, 32]
 
 
 class TestIsrP:
@@ -324,7 +366,8 @@ class TestCascade:
         opts += ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "balanced_l1"]
         losses, gradients, logged, model = train_step(small_config(BASELINE, *opts))
         matchers = model.roi_heads.proposal_matchers
-        assert [type(m).__name__ for m in matchers] == ["SamplingMatcher", "Matcher", "Matcher"]
+        assert [type(m).__name__ for m in matchers] == ["Matcher"] * 3
+        assert isinstance(model.roi_heads.proposal_matcher, SamplingMatcher)
         for stage in range(3):
             for name in ("loss_cls", "loss_box_reg", "loss_carl"):
                 assert losses[f"{name}_stage{stage}"].isfinite()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
-from toys import BASELINE, small_config, toy_config
+from toys import BASELINE, small_config
 
 from libra_d2.modeling import SamplingMatcher
 
@@ -12,14 +12,16 @@ BALANCED = ("instance_balanced", "iou_balanced")
 
 
 def make_matcher(positive="instance_balanced", negative="iou_balanced", *opts):
-    cfg = toy_config(
+    cfg = small_config(
         BASELINE,
         *("MODEL.ROI_HEADS.POSITIVE_SAMPLER", positive),
         *("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", negative),
         *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 40),
         *opts,
     )
-    return SamplingMatcher.from_config(cfg, Matcher([0.5], [0, 1]))
+    matcher = build_model(cfg).roi_heads.proposal_matcher
+    assert isinstance(matcher, SamplingMatcher)
+    return matcher
 
 
 class TestSamplingMatcher:
@@ -90,7 +92,6 @@ class TestSamplingMatcher:
             *("MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.3, 0.5]),
             *("MODEL.ROI_HEADS.IOU_LABELS", [0, -1, 1]),
         )
-        matcher.matcher = Matcher([0.3, 0.5], [0, -1, 1])
         ious = self.ious()
         _, labels = matcher(ious)
         between = (ious.amax(0) >= 0.3) & (ious.amax(0) < 0.5)

@@ -21,7 +21,8 @@ from libra_d2.data.checks import check_dataset
 from libra_d2.data.proposals import check_proposals
 
 from .config_file import config_files
-from .trainer import choose_evaluator
+from .evaluators import choose_evaluator
+from .trainer import LibraTrainer
 
 __all__ = ["check_run", "remove_run"]
 
@@ -84,10 +85,11 @@ def check_run(
         if cfg.MODEL.LOAD_PROPOSALS:
             inputs += [*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST]
         _check_run_in(output, resume, overwrite, inputs)
+    _check_augmentation(cfg)
     _check_datasets(cfg, eval_only)
     _check_proposals(cfg, eval_only)
     try:
-        model = build_model(cfg)
+        model = build_model(_on_cpu(cfg))
     except ValueError:
         raise
     except Exception as error:
@@ -100,6 +102,28 @@ def check_run(
         if eval_only and not cfg.MODEL.WEIGHTS:
             raise ValueError("MODEL.WEIGHTS is empty; name the checkpoint to evaluate")
         _check_weights(cfg.MODEL.WEIGHTS, model, "MODEL.WEIGHTS")
+
+
+def _on_cpu(cfg: CfgNode) -> CfgNode:
+    """The config on the CPU: a model there costs the GPUs, of other processes too, nothing."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def _check_augmentation(cfg: CfgNode) -> None:
+    """Checks that detectron2 has test-time augmentation for this model."""
+    allowed = {
+        "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+        "MODEL.KEYPOINT_ON": (False,),
+        "MODEL.LOAD_PROPOSALS": (False,),
+    }
+    for key, values in allowed.items() if cfg.TEST.AUG.ENABLED else ():
+        if get_key(cfg, key) not in values:
+            raise ValueError(
+                f"TEST.AUG.ENABLED True needs {key} {values[0]}, got {get_key(cfg, key)}"
+            )
 
 
 def remove_run(output: Path) -> None:
@@ -121,10 +145,16 @@ def _check_folder(output: Path) -> None:
 
 
 def _check_training(cfg: CfgNode, num_processes: int) -> None:
-    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
+    try:
+        batch = LibraTrainer.auto_scale_workers(cfg, num_processes).SOLVER.IMS_PER_BATCH
+    except AssertionError:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of the {num_processes} processes, "
-            f"got {cfg.SOLVER.IMS_PER_BATCH}"
+            "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE "
+            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}, got {cfg.SOLVER.IMS_PER_BATCH}"
+        ) from None
+    if batch % num_processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of the {num_processes} processes, got {batch}"
         )
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name a registered data set")

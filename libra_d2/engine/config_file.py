@@ -13,7 +13,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import add_libra_config, get_key, suggest
-from libra_d2.config_checks import check_config
+
+from .config_checks import check_config
 
 __all__ = ["config_files", "load_config"]
 

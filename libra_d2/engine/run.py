@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -102,7 +103,11 @@ def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
         model = LibraTrainer.build_model(cfg)
         checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        LibraTrainer.test(cfg, model)
+        results = LibraTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(LibraTrainer.test_with_augmentation(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
         return
     trainer = LibraTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -1,30 +1,32 @@
 """detectron2's default trainer, on CPU processes too, with a choice of optimizer and evaluator."""
 
-import contextlib
-import importlib.util
-import io
+import logging
 import os
 import weakref
-from collections.abc import Callable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
-from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    hooks,
 )
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from libra_d2.checkpoint import read_weights
+
+from .evaluators import choose_evaluator
 
 __all__ = ["LibraTrainer", "WeightsCheckpointer"]
 
@@ -38,13 +40,6 @@ class WeightsCheckpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
 
-_EVALUATORS = {
-    "coco": COCOEvaluator,
-    "lvis": LVISEvaluator,
-    "pascal_voc": lambda name, output_dir: PascalVOCDetectionEvaluator(name),
-}
-
-
 class LibraTrainer(DefaultTrainer):
     """Trains and evaluates any detectron2 model from its config.
 
@@ -56,6 +51,8 @@ class LibraTrainer(DefaultTrainer):
         # The parent always hands DDP a GPU, and offers no place to say otherwise: this constructor
         # goes through its steps, with the wrapping of the model as a method.
         TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -99,26 +96,27 @@ class LibraTrainer(DefaultTrainer):
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         return choose_evaluator(dataset_name)(dataset_name, output_dir=output_folder)
 
+    def build_hooks(self) -> list[HookBase]:
+        """The parent's; with ``TEST.AUG.ENABLED`` an evaluation with augmentation, at the end."""
+        ret = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            # Before the writers, which come last, so that its numbers are written too.
+            writers = [i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicWriter)]
+            place = min(writers, default=len(ret))
+            ret.insert(place, hooks.EvalHook(0, self._test_with_augmentation))
+        return ret
+
+    def _test_with_augmentation(self) -> dict:
+        results = self.test_with_augmentation(self.cfg, self.model)
+        if comm.is_main_process():
+            # Those that TEST.EXPECTED_RESULTS is compared with.
+            self._last_eval_results = {**self._last_eval_results, **results}
+        return results
+
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
-        # pycocotools prints tables of its own; detectron2 logs the same numbers. What is logged is
-        # not caught: its handlers hold the real stdout.
-        with contextlib.redirect_stdout(io.StringIO()):
-            return super().test(cfg, model, evaluators)
-
-
-def choose_evaluator(dataset_name: str) -> Callable[..., DatasetEvaluator]:
-    """The class of evaluator that a data set's metadata names.
-
-    Raises:
-        ValueError: if it names none, or one whose package is not installed.
-    """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in _EVALUATORS:
-        raise ValueError(
-            f"data set '{dataset_name}' has evaluator_type '{kind}' in its metadata; "
-            f"there is {', '.join(_EVALUATORS)}"
-        )
-    if kind == "lvis" and importlib.util.find_spec("lvis") is None:
-        raise ValueError(f"data set '{dataset_name}' needs the package lvis: pip install lvis")
-    return _EVALUATORS[kind]
+    def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Evaluates with test-time augmentation, ``TEST.AUG``; names of results end in ``_TTA``."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": values for name, values in results.items()}

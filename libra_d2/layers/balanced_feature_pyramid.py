@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -94,29 +95,31 @@ class BalancedFeaturePyramid(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         if len(levels) != self.num_levels:
             raise ValueError(f"expected {self.num_levels} levels, got {len(levels)}")
-        for i, level in enumerate(levels):
+        is_eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling())
+        for i, level in enumerate(levels) if is_eager else ():
             if level.dim() != 4 or level.shape[1] != self.in_channels:
                 raise ValueError(
                     f"level {i} must have shape (N, {self.in_channels}, H, W), "
                     f"got {tuple(level.shape)}"
                 )
-        size = levels[self.refine_level].shape[-2:]
+        pool, upsample = (_pool, _upsample) if is_eager else (_gather_maxima, _gather_nearest)
         # Levels above the refined one are finer, those below coarser, whatever their sizes.
+        toward = [pool] * self.refine_level + [None] + [upsample] * self.num_levels
+        back = [upsample] * self.refine_level + [None] + [pool] * self.num_levels
+
+        size = levels[self.refine_level].shape[-2:]
         integrated = sum(
-            _pool(level, size) if i < self.refine_level else _upsample(level, size)
-            for i, level in enumerate(levels)
+            resize(level, size) if resize else level
+            for resize, level in zip(toward, levels, strict=False)
         )
         refined = self.refine(integrated / self.num_levels)
         return [
-            _add_resized(level, refined, _upsample if i < self.refine_level else _pool)
-            for i, level in enumerate(levels)
+            _add(level, resize(refined, level.shape[-2:]) if resize else refined, refined)
+            for resize, level in zip(back, levels, strict=False)
         ]
 
 
-def _add_resized(
-    level: Tensor, refined: Tensor, resize: Callable[[Tensor, Sequence[int]], Tensor]
-) -> Tensor:
-    resized = resize(refined, level.shape[-2:])
+def _add(level: Tensor, resized: Tensor, refined: Tensor) -> Tensor:
     if resized is refined or resized.dtype != level.dtype:
         return level + resized
     # In place: the finest level is by far the largest, and nobody needs a second copy of it.
@@ -124,7 +127,7 @@ def _add_resized(
 
 
 def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Max pools to ``size``; where sizes nest by plain pooling: as exact, faster, exportable."""
+    """Adaptive max pooling; where sizes nest by plain pooling, as exact and faster."""
     (height, width), (out_height, out_width) = x.shape[-2:], size
     if height == out_height and width == out_width:
         return x
@@ -135,3 +138,31 @@ def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def _upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=tuple(size), mode="nearest")
+
+
+# The same two for a graph that has to hold at other sizes than those it was recorded at: no
+# decision depends on a size, all of them are arithmetic on indices. A maximum over a rectangle is
+# taken along its rows and then its columns.
+
+
+def _gather_maxima(x: Tensor, size: Sequence[int]) -> Tensor:
+    """What adaptive max pooling computes, at any size."""
+    rows, columns = (_windows(n, m, x.device) for n, m in zip(x.shape[-2:], size, strict=True))
+    return x[:, :, rows].amax(dim=3)[..., columns].amax(dim=4)
+
+
+def _windows(in_size: int, out_size: int, device: torch.device) -> Tensor:
+    """The inputs that each output of adaptive pooling sees, (out_size, most); the last repeats."""
+    i = torch.arange(out_size, device=device).unsqueeze(1)
+    offset = torch.arange(in_size // out_size + 2, device=device)
+    # From floor(i in / out) up to, and without, ceil((i + 1) in / out).
+    return torch.minimum(i * in_size // out_size + offset, ((i + 1) * in_size - 1) // out_size)
+
+
+def _gather_nearest(x: Tensor, size: Sequence[int]) -> Tensor:
+    """What nearest interpolation computes, at any size."""
+    for dim, out_size in zip((-2, -1), size, strict=True):
+        # In float32, as torch computes it: exact arithmetic differs at some sizes (50 to 198).
+        i = torch.arange(out_size, device=x.device, dtype=torch.float32)
+        x = x.index_select(dim, (i * (x.shape[dim] / out_size)).to(torch.int64))
+    return x

@@ -14,12 +14,12 @@ def check_balanced_l1(alpha: float, gamma: float, beta: float, reference: str) -
     """Raises ``ValueError`` unless the options of :func:`balanced_l1_loss` make sense."""
     for name, value in (("alpha", alpha), ("gamma", gamma), ("beta", beta)):
         if not 1e-30 < value < 1e30:  # what float32 can hold, and no NaN
-            raise ValueError(f"balanced L1's {name} must be a positive number, got {value}")
+            raise ValueError(f"{name} must be a positive number, got {value}")
     low, high = GAMMA_OVER_ALPHA
     if not low <= gamma / alpha <= high:
         raise ValueError(
-            f"balanced L1's gamma / alpha must be in [{low}, {high}], so that float32 holds its "
-            f"exponential; got {gamma} / {alpha}"
+            f"gamma must be between {low} and {high} times alpha, so that float32 holds the "
+            f"exponential of their ratio; got {gamma} and alpha {alpha}"
         )
     if reference not in REFERENCES:
         raise ValueError(f"reference must be one of {', '.join(REFERENCES)}; got '{reference}'")

@@ -1,24 +1,41 @@
 """detectron2 adapters. Importing this package registers them with detectron2."""
 
-from . import backbones, mask_head, pyramids, retinanet, roi_heads, rpn  # noqa: F401  (imported to register)
+from . import mask_head  # noqa: F401  (imported to register)
 from .backbones import (
     build_bfp_backbone,
     build_retinanet_small_resnet_fpn_backbone,
     build_small_resnet_fpn_backbone,
 )
-from .box_losses import BOX_LOSSES
-from .classification_losses import CLASSIFICATION_LOSSES
+from .balanced_pyramid import BalancedPyramid
+from .box_losses import BOX_LOSSES, BalancedL1, CIoU, DecodedLoss, DeltaLoss, DIoU, GIoU, SmoothL1
+from .classification_losses import (
+    CLASSIFICATION_LOSSES,
+    BalancedCrossEntropy,
+    ClassificationLoss,
+    FocalLoss,
+    OhemLoss,
+)
 from .fast_rcnn import LibraFastRCNNOutputLayers
 from .mutual_guidance import MATCHERS, MutualGuidanceMatcher
+from .pisa import Carl, IsrPositive
 from .pyramids import (
     PAFPN,
     build_resnet_pafpn_backbone,
     build_retinanet_resnet_pafpn_backbone,
 )
 from .retinanet import LibraRetinaNet
-from .roi_heads import LibraCascadeROIHeads, LibraROIHeads
+from .roi_heads import BalancedSampling, LibraCascadeROIHeads, LibraRes5ROIHeads, LibraROIHeads
 from .rpn import LibraRPN
-from .samplers import NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS, SamplingMatcher
+from .samplers import (
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
+    InstanceBalancedSampler,
+    IouBalancedSampler,
+    Matches,
+    OhemSampler,
+    SamplingMatcher,
+    ScoreHlrSampler,
+)
 
 __all__ = [
     "BOX_LOSSES",
@@ -27,13 +44,34 @@ __all__ = [
     "NEGATIVE_SAMPLERS",
     "PAFPN",
     "POSITIVE_SAMPLERS",
+    "BalancedCrossEntropy",
+    "BalancedL1",
+    "BalancedPyramid",
+    "BalancedSampling",
+    "CIoU",
+    "Carl",
+    "ClassificationLoss",
+    "DIoU",
+    "DecodedLoss",
+    "DeltaLoss",
+    "FocalLoss",
+    "GIoU",
+    "InstanceBalancedSampler",
+    "IouBalancedSampler",
+    "IsrPositive",
     "LibraCascadeROIHeads",
     "LibraFastRCNNOutputLayers",
     "LibraROIHeads",
     "LibraRPN",
+    "LibraRes5ROIHeads",
     "LibraRetinaNet",
+    "Matches",
     "MutualGuidanceMatcher",
+    "OhemLoss",
+    "OhemSampler",
     "SamplingMatcher",
+    "ScoreHlrSampler",
+    "SmoothL1",
     "build_bfp_backbone",
     "build_resnet_pafpn_backbone",
     "build_retinanet_resnet_pafpn_backbone",

@@ -7,12 +7,13 @@ from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
-from torch import Tensor
 
 from libra_d2.config import choose
 from libra_d2.layers import BalancedFeaturePyramid
 
+from .balanced_pyramid import BalancedPyramid, levels_to_balance
 from .pyramids import build_pyramid, p6p7_from
+from .switches import naming_keys
 
 __all__ = [
     "build_bfp_backbone",
@@ -25,62 +26,27 @@ __all__ = [
 def build_bfp_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
     """A feature pyramid whose levels are balanced (Libra R-CNN, section 3.2).
 
-    The pyramid comes from the registered builder named in ``MODEL.BFP.FPN_BUILDER`` and keeps its
-    class and the names of its weights, so that checkpoints of the plain model load; only the
-    balancing layers are new, as its child ``bfp``.
+    The pyramid comes from the registered builder named in ``MODEL.BFP.FPN_BUILDER``; with
+    ``MODEL.BFP.ENABLED`` False it stays as it is.
 
     Raises:
         ValueError: if the builder does not exist or the levels do not fit ``MODEL.BFP``.
     """
     options = cfg.MODEL.BFP
     builders = {name: b for name, b in BACKBONE_REGISTRY if b is not build_bfp_backbone}
-    build = choose("MODEL.BFP.FPN_BUILDER", cfg, builders)
-    pyramid = build(cfg, input_shape)
-    shapes = pyramid.output_shape()
-    names = sorted(shapes, key=lambda name: shapes[name].stride)  # finest first
-    if options.IN_FEATURES:
-        chosen = [name for name in names if name in options.IN_FEATURES]
-        if chosen != list(options.IN_FEATURES):
-            raise ValueError(
-                "MODEL.BFP.IN_FEATURES must be some of "
-                f"{', '.join(names)}, in this order; got {', '.join(options.IN_FEATURES)}"
-            )
-        names = chosen
-    channels = {name: shapes[name].channels for name in names}
-    if len(set(channels.values())) != 1:
-        raise ValueError(
-            f"the levels of MODEL.BFP.IN_FEATURES must have the same channels, got {channels}"
-        )
-    if not 0 <= options.REFINE_LEVEL < len(names):
-        raise ValueError(
-            f"MODEL.BFP.REFINE_LEVEL must be in [0, {len(names) - 1}], an index into the levels "
-            f"{', '.join(names)}; got {options.REFINE_LEVEL}"
-        )
-    return add_bfp(
-        pyramid,
-        names,
-        BalancedFeaturePyramid(
-            in_channels=channels[names[0]],
+    pyramid = choose("MODEL.BFP.FPN_BUILDER", cfg, builders)(cfg, input_shape)
+    if not options.ENABLED:
+        return pyramid
+    with naming_keys(cfg, "MODEL.BFP"):
+        names = levels_to_balance(pyramid, options.IN_FEATURES)
+        bfp = BalancedFeaturePyramid(
+            in_channels=pyramid.output_shape()[names[0]].channels,
             num_levels=len(names),
             refine_level=options.REFINE_LEVEL,
             refine_type=options.REFINE_TYPE,
             norm=partial(get_norm, options.NORM) if options.NORM else "",
-        ),
-    )
-
-
-def add_bfp(pyramid: Backbone, names: list[str], bfp: BalancedFeaturePyramid) -> Backbone:
-    """Makes a backbone balance its levels ``names``, finest first, after every forward pass."""
-    pyramid.add_module("bfp", bfp)
-    pyramid.register_forward_hook(partial(_balance, names))
-    return pyramid
-
-
-def _balance(
-    names: list[str], pyramid: Backbone, args: tuple, features: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    balanced = pyramid.bfp([features[name] for name in names])
-    return {**features, **dict(zip(names, balanced, strict=True))}
+        )
+        return BalancedPyramid(pyramid, bfp, options.IN_FEATURES)
 
 
 @BACKBONE_REGISTRY.register()

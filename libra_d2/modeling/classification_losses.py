@@ -1,4 +1,4 @@
-"""Classification losses of a one-stage detector, by their names in the config.
+"""Classification losses of a one-stage detector, in a registry.
 
 Shape shorthand in this module:
 
@@ -8,9 +8,7 @@ Shape shorthand in this module:
     V: number of anchors that are trained on, combined over all images
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -20,23 +18,29 @@ from torch import Tensor
 from libra_d2.losses import focal_loss
 from libra_d2.sampling import sample_hard, sample_hard_nms
 
-__all__ = ["CLASSIFICATION_LOSSES", "ClassificationLoss", "HardAnchors"]
+from .switches import SwitchRegistry, check_bound, from_keys
 
-# (logits (V, K), targets (V, K) of 0 and 1, reduction) -> (V, K), or a scalar if reduced
-Elementwise = Callable[..., Tensor]
+__all__ = [
+    "CLASSIFICATION_LOSSES",
+    "BalancedCrossEntropy",
+    "ClassificationLoss",
+    "FocalLoss",
+    "OhemLoss",
+]
+
+# Named by MODEL.RETINANET.CLS_LOSS_TYPE.
+CLASSIFICATION_LOSSES = SwitchRegistry("CLASSIFICATION_LOSSES")
 
 
-@dataclass
 class ClassificationLoss:
     """A loss of each anchor and class, and which anchors are trained on.
 
-    Args:
-        elementwise: see above.
-        hard_anchors: chooses the anchors; None for all.
+    Subclasses have :meth:`elementwise`, and :meth:`choose` if they do not train on all.
     """
 
-    elementwise: Elementwise
-    hard_anchors: "HardAnchors | None" = None
+    def elementwise(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """The loss of logits (V, K) and targets (V, K) of 0 and 1: (V, K) for "none"; or "sum"."""
+        raise NotImplementedError
 
     def choose(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
         """``labels``, (N, R), with -1 for anchors that are not to be trained on.
@@ -46,9 +50,7 @@ class ClassificationLoss:
             labels: (N, R) int64 in [-1, K]; -1 ignored, K background.
             anchors: (R, 4) in pixels.
         """
-        if self.hard_anchors is None:
-            return labels
-        return self.hard_anchors(logits, labels, anchors)
+        return labels
 
     def __call__(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss, summed over anchors and classes.
@@ -65,13 +67,8 @@ class ClassificationLoss:
         return (self.of_anchors(logits, labels) * weights[trained]).sum()
 
     def of_anchors(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each anchor, (V,), from logits (V, K) and labels (V,)."""
-        return anchor_losses(self.elementwise, logits, labels)
-
-
-def anchor_losses(elementwise: Elementwise, logits: Tensor, labels: Tensor) -> Tensor:
-    """A loss of each anchor, (V,), summed over classes, from logits (V, K) and labels (V,)."""
-    return elementwise(logits, one_hot(labels, logits), reduction="none").sum(dim=1)
+        """The loss of each anchor, (V,), summed over classes, from logits (V, K), labels (V,)."""
+        return self.elementwise(logits, one_hot(labels, logits), reduction="none").sum(dim=1)
 
 
 def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
@@ -80,88 +77,99 @@ def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
     return (labels.unsqueeze(-1) == classes).to(logits.dtype)
 
 
-class HardAnchors:
-    """OHEM on anchors: those with the largest losses, after NMS (focal-loss paper, table 1d).
+@CLASSIFICATION_LOSSES.register(name="focal")
+@dataclass(frozen=True, kw_only=True)
+class FocalLoss(ClassificationLoss):
+    """Focal loss (Lin et al., ICCV 2017, equation 5).
 
     Args:
-        elementwise: the loss they are ranked by, summed over classes.
-        num_samples: largest number of anchors of an image.
-        nms_thresh: of two anchors of a larger IoU only the harder one is taken.
-        negative_positive_ub: the largest number of negatives a positive, which an image without
-            positives may have too; -1 for no bound.
+        alpha: weight of targets of 1, those of 0 having ``1 - alpha``; negative for no weights.
+        gamma: how much easy examples are weighed down.
+
+    Raises:
+        ValueError: if one is out of its range.
     """
 
-    def __init__(
-        self,
-        elementwise: Elementwise,
-        *,
-        num_samples: int,
-        nms_thresh: float,
-        negative_positive_ub: int = -1,
-    ):
-        self.elementwise = elementwise
-        self.num_samples = num_samples
-        self.nms_thresh = nms_thresh
-        self.negative_positive_ub = negative_positive_ub
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def __post_init__(self):
+        if not self.alpha <= 1.0:
+            raise ValueError(
+                f"alpha must be in [0, 1], or negative for no balance, got {self.alpha}"
+            )
+        if not 0.0 <= self.gamma < 1e6:
+            raise ValueError(f"gamma must not be negative, or huge, got {self.gamma}")
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, head: str) -> "FocalLoss":
+        return from_keys(cls, cfg, f"MODEL.{head}", prefix="FOCAL_LOSS_")
+
+    def elementwise(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        # fvcore's, as in detectron2, but where its gradient would not be finite.
+        function = focal_loss if 0 < self.gamma < 1 else sigmoid_focal_loss_jit
+        return function(logits, targets, self.alpha, self.gamma, reduction)
+
+
+@CLASSIFICATION_LOSSES.register(name="balanced_ce")
+@dataclass(frozen=True, kw_only=True)
+class BalancedCrossEntropy(FocalLoss):
+    """Alpha-balanced cross entropy: focal loss that does not focus."""
+
+    gamma: float = 0.0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, head: str) -> "BalancedCrossEntropy":
+        return from_keys(cls, cfg, f"MODEL.{head}", prefix="FOCAL_LOSS_", gamma=0.0)
+
+
+@CLASSIFICATION_LOSSES.register(name="ohem")
+@dataclass(frozen=True, kw_only=True)
+class OhemLoss(ClassificationLoss):
+    """Cross entropy of the hardest anchors after NMS (focal-loss paper, table 1d).
+
+    Args:
+        batch_size_per_image: largest number of anchors of an image.
+        nms_thresh: of two anchors of a larger IoU only the harder one is taken, in [0, 1].
+        negative_positive_ub: the largest number of negatives a positive, which an image without
+            positives may have too; -1 for no bound.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
+
+    batch_size_per_image: int = 512
+    nms_thresh: float = 0.7
+    negative_positive_ub: int = -1
+
+    def __post_init__(self):
+        if self.batch_size_per_image < 1:
+            raise ValueError(
+                f"batch_size_per_image must be at least 1, got {self.batch_size_per_image}"
+            )
+        if not 0.0 <= self.nms_thresh <= 1.0:
+            raise ValueError(f"nms_thresh must be in [0, 1], got {self.nms_thresh}")
+        check_bound(self.negative_positive_ub)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, head: str) -> "OhemLoss":
+        return from_keys(cls, cfg, f"MODEL.{head}.OHEM")
+
+    def elementwise(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        return sigmoid_focal_loss_jit(logits, targets, -1.0, 0.0, reduction)
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-        """``labels``, (N, R), with -1 for all anchors that are not chosen."""
+    def choose(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
         kept = [self._choose(*image, anchors) for image in zip(logits, labels, strict=True)]
         return labels.masked_fill(~torch.stack(kept), -1)
 
     def _choose(self, logits: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-        losses = anchor_losses(self.elementwise, logits, labels)
+        losses = self.of_anchors(logits, labels)
         kept = sample_hard_nms(
-            losses, anchors, labels >= 0, self.num_samples, nms_thresh=self.nms_thresh
+            losses, anchors, labels >= 0, self.batch_size_per_image, nms_thresh=self.nms_thresh
         )
         if self.negative_positive_ub < 0:
             return kept
         negatives = kept & (labels == logits.shape[-1])
         bound = self.negative_positive_ub * (kept & ~negatives).sum().clamp(min=1)
         return kept & (~negatives | sample_hard(losses, negatives, bound))
-
-
-def _fvcore_focal_loss(
-    logits: Tensor, targets: Tensor, alpha: float, gamma: float, reduction: str
-) -> Tensor:
-    # A scripted function itself can't be copied, nor could a model that holds it.
-    return sigmoid_focal_loss_jit(logits, targets, alpha, gamma, reduction)
-
-
-def _focal_loss(alpha: float, gamma: float) -> Elementwise:
-    # fvcore's, as in detectron2, but where its gradient would not be finite.
-    function = focal_loss if 0 < gamma < 1 else _fvcore_focal_loss
-    return partial(function, alpha=alpha, gamma=gamma)
-
-
-def _focal(cfg: CfgNode) -> ClassificationLoss:
-    options = cfg.MODEL.RETINANET
-    return ClassificationLoss(_focal_loss(options.FOCAL_LOSS_ALPHA, options.FOCAL_LOSS_GAMMA))
-
-
-def _balanced_ce(cfg: CfgNode) -> ClassificationLoss:
-    """Alpha-balanced cross entropy: focal loss that does not focus."""
-    return ClassificationLoss(_focal_loss(cfg.MODEL.RETINANET.FOCAL_LOSS_ALPHA, gamma=0.0))
-
-
-def _ohem(cfg: CfgNode) -> ClassificationLoss:
-    options = cfg.MODEL.RETINANET.OHEM
-    cross_entropy = _focal_loss(alpha=-1.0, gamma=0.0)
-    return ClassificationLoss(
-        cross_entropy,
-        HardAnchors(
-            cross_entropy,
-            num_samples=options.BATCH_SIZE_PER_IMAGE,
-            nms_thresh=options.NMS_THRESH,
-            negative_positive_ub=options.NEGATIVE_POSITIVE_UB,
-        ),
-    )
-
-
-# A loss a line: its name in the config and how it is made from the config.
-CLASSIFICATION_LOSSES: dict[str, Callable[[CfgNode], ClassificationLoss]] = {
-    "focal": _focal,
-    "balanced_ce": _balanced_ce,
-    "ohem": _ohem,
-}

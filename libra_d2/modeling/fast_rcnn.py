@@ -7,6 +7,8 @@ Shape shorthand in this module:
     K: number of foreground classes
 """
 
+from dataclasses import asdict
+
 import torch
 from detectron2.config import configurable
 from detectron2.layers import cat
@@ -16,54 +18,64 @@ from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
 
-from libra_d2.config import balanced_l1_options, choose, pisa_options
 from libra_d2.losses import carl_loss
-from libra_d2.ranking import check_importance, reweight_positives
+from libra_d2.ranking import reweight_positives
 
-from .box_losses import BOX_LOSSES, BoxLoss
-from .pisa_log import log_reweighting
+from .box_losses import BOX_LOSSES, BoxLoss, detectron2s_box_loss
+from .pisa import Carl, IsrPositive, log_reweighting
+from .switches import refuse_replaced
 
 __all__ = ["LibraFastRCNNOutputLayers"]
 
 
 class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
-    """detectron2's output layers, with balanced L1 as one more box loss, and PISA."""
+    """detectron2's output layers, with any box loss, and PISA."""
 
     @configurable
     def __init__(
         self,
         input_shape,
         *,
-        box_loss: BoxLoss,
-        isr_positive: dict | None = None,
-        carl: dict | None = None,
+        box_loss: BoxLoss | None = None,
+        isr_positive: IsrPositive | None = None,
+        carl: Carl | None = None,
         **kwargs,
     ):
         """
         Args:
             input_shape: shape of the input feature.
-            box_loss: of each foreground ROI's deltas, proposal and ground truth.
-            isr_positive: ``k`` and ``bias`` of ISR-P; None for off.
-            carl: ``k`` and ``bias`` of CARL; None for off.
+            box_loss: of each foreground ROI's deltas, proposal and ground truth, such as
+                :class:`~libra_d2.modeling.BalancedL1`; None for that of the parent's
+                ``box_reg_loss_type`` and ``smooth_l1_beta``.
+            isr_positive: reweights positives; needs the proposals of
+                :class:`~libra_d2.modeling.BalancedSampling`. None for off.
+            carl: adds a loss; None for off.
             kwargs: see :class:`FastRCNNOutputLayers`.
+
+        Raises:
+            ValueError: if arguments exclude each other.
         """
+        if box_loss is not None:
+            refuse_replaced(kwargs, ("box_reg_loss_type", "smooth_l1_beta"), "box_loss")
         super().__init__(input_shape, **kwargs)
-        for options in (isr_positive, carl):
-            if options is not None:
-                check_importance(**options)
-        self.box_loss = box_loss
+        for switch in (isr_positive, carl):
+            if switch is not None and self.use_sigmoid_ce:
+                raise ValueError(f"{switch} needs the softmax over classes: use_sigmoid_ce False")
+        self.box_loss = box_loss or detectron2s_box_loss(
+            self.box_reg_loss_type, self.smooth_l1_beta
+        )
         self.isr_positive = isr_positive
         self.carl = carl
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        head = cfg.MODEL.ROI_BOX_HEAD
-        make_box_loss = choose("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", cfg, BOX_LOSSES)
+        ret = super().from_config(cfg, input_shape)
+        ret = {k: v for k, v in ret.items() if k not in ("box_reg_loss_type", "smooth_l1_beta")}
         return {
-            **super().from_config(cfg, input_shape),
-            "box_loss": make_box_loss(head.SMOOTH_L1_BETA, balanced_l1_options(cfg, head)),
-            "isr_positive": pisa_options(cfg, "ISR_POSITIVE"),
-            "carl": pisa_options(cfg, "CARL"),
+            **ret,
+            "box_loss": BOX_LOSSES.make("MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", cfg),
+            "isr_positive": IsrPositive.from_config(cfg),
+            "carl": Carl.from_config(cfg),
         }
 
     def losses(
@@ -97,7 +109,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             probs = logits[foreground].softmax(dim=1)
             probs = probs.gather(1, gt_classes[foreground].unsqueeze(1)).squeeze(1)
             box_losses = self._box_losses(*_boxes(proposals), deltas, gt_classes)
-            loss = carl_loss(probs, box_losses, normalizer=num_rois, **self.carl)
+            loss = carl_loss(probs, box_losses, normalizer=num_rois, **asdict(self.carl))
             losses["loss_carl"] = loss * self.loss_weight.get("loss_box_reg", 1.0)
         return losses
 
@@ -111,6 +123,9 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             predictions: see :meth:`losses`.
             proposals: the same.
             losses: classification loss of each ROI, (R,).
+
+        Raises:
+            ValueError: if ISR-P is on and positives do not tell which ground truth is theirs.
         """
         gt_classes = cat([p.gt_classes for p in proposals])
         weights = torch.cat(
@@ -131,7 +146,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             _ground_truths(proposals)[foreground],
             gt_classes[foreground],
             losses[foreground] * own,
-            **self.isr_positive,
+            **asdict(self.isr_positive),
         )
         log_reweighting(losses[foreground], own, reweighted)
         return weights.index_copy(0, foreground, reweighted.to(weights.dtype))
@@ -194,6 +209,11 @@ def _ground_truths(proposals: list[Instances]) -> Tensor:
     for image in proposals:
         if image.has("gt_indices"):
             numbers.append(image.gt_indices + start)
+        elif image.has("gt_boxes"):
+            raise ValueError(
+                "ISR-P needs proposals with gt_indices: ROI heads with BalancedSampling, such as "
+                "LibraROIHeads, give them"
+            )
         else:  # an image without ground truths has no foreground either
             numbers.append(torch.zeros_like(image.gt_classes))
         # More than any image has ground truths: a proposal answers to no other's.

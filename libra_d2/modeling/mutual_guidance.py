@@ -8,6 +8,7 @@ Shape shorthand in this module:
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from detectron2.config import CfgNode
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from libra_d2.matching import check_mutual_guidance, classify_to_localize, localize_to_classify
 
-__all__ = ["MATCHERS", "MutualGuidanceMatcher"]
+from .switches import DoesNotFit, SwitchRegistry, from_keys
+
+__all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
+
+# Named by MODEL.RETINANET.MATCHER.
+MATCHERS = SwitchRegistry("MATCHERS")
+# None: the labels are left to detectron2's own matcher.
+MATCHERS.register(type(None), name="max_iou")
 
 
 @dataclass
@@ -34,6 +42,21 @@ class _Labels:
     sum_ious: Tensor  # () IoU of the boxes that these predict with their ground truths
 
 
+class PredictionMatcher(Protocol):
+    """What a registered matcher is; :class:`MutualGuidanceMatcher` says what it gets and gives."""
+
+    def __call__(
+        self,
+        anchors: Boxes,
+        logits: Tensor,
+        deltas: Tensor,
+        gt_instances: list[Instances],
+        transform: Box2BoxTransform,
+    ) -> tuple[list[Tensor], list[Tensor], tuple[list[Tensor], list[Tensor]]]: ...
+
+
+@MATCHERS.register(name="mutual_guidance")
+@dataclass(frozen=True, kw_only=True)
 class MutualGuidanceMatcher:
     """Labels anchors by what the model now predicts there (ACCV 2020).
 
@@ -46,20 +69,24 @@ class MutualGuidanceMatcher:
         ValueError: if sigma is not greater than 1 or the thresholds are not ordered.
     """
 
-    def __init__(self, *, sigma: float, positive_iou: float, negative_iou: float):
-        check_mutual_guidance(positive_iou, negative_iou, sigma)
-        self.sigma = sigma
-        self.thresholds = {"positive_iou": positive_iou, "negative_iou": negative_iou}
+    sigma: float = 2.0
+    positive_iou: float = 0.5
+    negative_iou: float = 0.4
+
+    def __post_init__(self):
+        check_mutual_guidance(self.positive_iou, self.negative_iou, self.sigma)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> "MutualGuidanceMatcher":
-        options = cfg.MODEL.RETINANET
+    def from_config(cls, cfg: CfgNode, head: str) -> "MutualGuidanceMatcher":
+        options = cfg.MODEL[head]
+        if list(options.IOU_LABELS) != [0, -1, 1] or len(options.IOU_THRESHOLDS) != 2:
+            raise DoesNotFit(
+                f"MODEL.{head}.IOU_THRESHOLDS must be two for MATCHER mutual_guidance, and "
+                f"IOU_LABELS [0, -1, 1]; got {options.IOU_THRESHOLDS} and {options.IOU_LABELS}"
+            )
         negative_iou, positive_iou = options.IOU_THRESHOLDS
-        return cls(
-            sigma=options.MUTUAL_GUIDANCE.SIGMA,
-            positive_iou=positive_iou,
-            negative_iou=negative_iou,
-        )
+        thresholds = {"negative_iou": negative_iou, "positive_iou": positive_iou}
+        return from_keys(cls, cfg, f"MODEL.{head}.MUTUAL_GUIDANCE", **thresholds)
 
     @torch.no_grad()
     def __call__(
@@ -110,9 +137,10 @@ class MutualGuidanceMatcher:
         anchor_ious = pairwise_iou(gt.gt_boxes, anchors)
         regressed_ious = pairwise_iou(gt.gt_boxes, Boxes(pred_boxes))
         scores = logits.index_select(1, gt.gt_classes).float().sigmoid().t()  # (G, R)
-        cls_gt, cls_labels = localize_to_classify(anchor_ious, regressed_ious, **self.thresholds)
+        thresholds = {"positive_iou": self.positive_iou, "negative_iou": self.negative_iou}
+        cls_gt, cls_labels = localize_to_classify(anchor_ious, regressed_ious, **thresholds)
         box_gt, box_labels = classify_to_localize(
-            anchor_ious, scores, sigma=self.sigma, **self.thresholds
+            anchor_ious, scores, sigma=self.sigma, **thresholds
         )
 
         is_positive = cls_labels == 1
@@ -135,11 +163,3 @@ class MutualGuidanceMatcher:
         storage.put_scalar("mutual_guidance/agreed_anchors", num_agreed / len(labels))
         if num_positives > 0:
             storage.put_scalar("mutual_guidance/regressed_iou", sum_ious / num_positives)
-
-
-# A matcher a line: its name in the config and how it is made from the config. None leaves the
-# labels to detectron2's own matcher.
-MATCHERS = {
-    "max_iou": None,
-    "mutual_guidance": MutualGuidanceMatcher.from_config,
-}

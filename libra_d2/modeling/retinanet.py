@@ -8,10 +8,14 @@ Shape shorthand in this module:
     K: number of classes
 """
 
+from collections.abc import Collection
+from dataclasses import asdict
+from typing import ClassVar
+
 import torch
 from detectron2.config import configurable
 from detectron2.layers import cat
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
@@ -19,57 +23,89 @@ from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from libra_d2.config import balanced_l1_options, choose, pisa_options
+from libra_d2.config import settle
 from libra_d2.losses import carl_loss
 from libra_d2.ranking import reweight_positives
 
-from .box_losses import BOX_LOSSES, BoxLoss
-from .classification_losses import CLASSIFICATION_LOSSES, ClassificationLoss
-from .mutual_guidance import MATCHERS, MutualGuidanceMatcher
-from .pisa_log import log_reweighting
+from .balanced_pyramid import BalancedPyramid
+from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
+from .classification_losses import CLASSIFICATION_LOSSES, ClassificationLoss, FocalLoss
+from .mutual_guidance import MATCHERS, PredictionMatcher
+from .pisa import Carl, IsrPositive, log_reweighting
 from .pyramids import LastLevelP6P7WithoutReLU
+from .switches import naming_keys, refuse_replaced
 
 __all__ = ["LibraRetinaNet"]
+
+# The parent's arguments that cls_loss and box_loss take the place of.
+_FOCAL_LOSS = ("focal_loss_alpha", "focal_loss_gamma")
+_BOX_LOSS = ("box_reg_loss_type", "smooth_l1_beta")
 
 
 @META_ARCH_REGISTRY.register()
 class LibraRetinaNet(RetinaNet):
     """detectron2's RetinaNet whose losses and matcher are switches.
 
-    Switches: ``MODEL.RETINANET.CLS_LOSS_TYPE``, ``MODEL.RETINANET.BBOX_REG_LOSS_TYPE``,
-    ``MODEL.RETINANET.MATCHER``, ``MODEL.PISA`` and ``MODEL.LIBRA.REFERENCE``. With all of them at
-    their defaults it computes what its parent does, bit for bit.
+    Switches: ``MODEL.RETINANET.CLS_LOSS_TYPE``, ``BBOX_REG_LOSS_TYPE``, ``MATCHER``,
+    ``P7_ACTIVATION`` and ``CLIP_BOXES``, and ``MODEL.PISA``. With all of them at their defaults it
+    computes what its parent does, bit for bit.
     """
+
+    # The config keys it reads, and the values that ask for nothing that detectron2 has not.
+    switches: ClassVar[dict[str, Collection]] = {
+        "MODEL.RETINANET.MATCHER": ("max_iou",),
+        "MODEL.RETINANET.CLS_LOSS_TYPE": ("focal",),
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": DETECTRON2S,
+        "MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT": (1.0,),
+        "MODEL.RETINANET.P7_ACTIVATION": ("auto", "relu"),
+        "MODEL.RETINANET.CLIP_BOXES": ("auto", "after_nms"),
+        "MODEL.PISA.ISR_POSITIVE.ENABLED": (False,),
+        "MODEL.PISA.CARL.ENABLED": (False,),
+    }
 
     @configurable
     def __init__(
         self,
         *,
-        cls_loss: ClassificationLoss,
-        box_loss: BoxLoss,
+        cls_loss: ClassificationLoss | None = None,
+        box_loss: BoxLoss | None = None,
         box_reg_loss_weight: float = 1.0,
-        prediction_matcher: MutualGuidanceMatcher | None = None,
+        prediction_matcher: PredictionMatcher | None = None,
         clip_before_nms: bool = False,
-        isr_positive: dict | None = None,
-        carl: dict | None = None,
+        isr_positive: IsrPositive | None = None,
+        carl: Carl | None = None,
         **kwargs,
     ):
         """
         Args:
-            cls_loss: of logits and labels, summed over anchors.
-            box_loss: of each positive's deltas, anchor and ground truth.
+            cls_loss: of logits and labels, summed over anchors; None for focal loss with the
+                parent's ``focal_loss_alpha`` and ``focal_loss_gamma``.
+            box_loss: of each positive's deltas, anchor and ground truth; None for that of the
+                parent's ``box_reg_loss_type`` and ``smooth_l1_beta``.
             box_reg_loss_weight: factor of the box loss.
             prediction_matcher: labels anchors by the current predictions; None for detectron2's
                 ``anchor_matcher``, which sees the anchors alone.
             clip_before_nms: whether predicted boxes are clipped to the image, and those outside of
                 it dropped, before NMS; detectron2 does so afterwards.
-            isr_positive: ``k`` and ``bias`` of ISR-P; None for off.
-            carl: ``k`` and ``bias`` of CARL; None for off.
+            isr_positive: reweights positives; None for off.
+            carl: adds a loss; None for off.
             kwargs: see :class:`RetinaNet`.
+
+        Raises:
+            ValueError: if an argument is out of its range or they exclude each other.
         """
+        if cls_loss is not None:
+            refuse_replaced(kwargs, _FOCAL_LOSS, "cls_loss")
+        if box_loss is not None:
+            refuse_replaced(kwargs, _BOX_LOSS, "box_loss")
         super().__init__(**kwargs)
-        self.cls_loss = cls_loss
-        self.box_loss = box_loss
+        self.cls_loss = cls_loss or FocalLoss(
+            alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma
+        )
+        self.box_loss = box_loss or detectron2s_box_loss(
+            self.box_reg_loss_type, self.smooth_l1_beta
+        )
+        check_loss_weight(box_reg_loss_weight)
         self.box_reg_loss_weight = box_reg_loss_weight
         self.prediction_matcher = prediction_matcher
         self.clip_before_nms = clip_before_nms
@@ -79,6 +115,8 @@ class LibraRetinaNet(RetinaNet):
     @classmethod
     def from_config(cls, cfg):
         options = cfg.MODEL.RETINANET
+        with naming_keys(cfg, "MODEL.RETINANET"):
+            check_loss_weight(options.BBOX_REG_LOSS_WEIGHT)
         try:
             ret = super().from_config(cfg)
         except KeyError as error:
@@ -88,24 +126,19 @@ class LibraRetinaNet(RetinaNet):
                 f"MODEL.RETINANET.IN_FEATURES names '{error.args[0]}', a level that the pyramid of "
                 f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} does not have"
             ) from None
-        use_mmdet = cfg.MODEL.LIBRA.REFERENCE == "mmdet"
-        top_block = getattr(ret["backbone"], "top_block", None)
-        if use_mmdet and isinstance(top_block, LastLevelP6P7):
-            ret["backbone"].top_block = LastLevelP6P7WithoutReLU(top_block)
-        make_cls_loss = choose("MODEL.RETINANET.CLS_LOSS_TYPE", cfg, CLASSIFICATION_LOSSES)
-        make_box_loss = choose("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", cfg, BOX_LOSSES)
-        make_matcher = choose("MODEL.RETINANET.MATCHER", cfg, MATCHERS)
+        if settle("MODEL.RETINANET.P7_ACTIVATION", cfg, paper="relu", mmdet="none") == "none":
+            _remove_relu(ret["backbone"])
+        clip = settle("MODEL.RETINANET.CLIP_BOXES", cfg, paper="after_nms", mmdet="before_nms")
+        replaced = (*_FOCAL_LOSS, *_BOX_LOSS)
         return {
-            **ret,
-            "cls_loss": make_cls_loss(cfg),
-            "box_loss": make_box_loss(
-                options.SMOOTH_L1_LOSS_BETA, balanced_l1_options(cfg, options)
-            ),
+            **{name: value for name, value in ret.items() if name not in replaced},
+            "cls_loss": CLASSIFICATION_LOSSES.make("MODEL.RETINANET.CLS_LOSS_TYPE", cfg),
+            "box_loss": BOX_LOSSES.make("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", cfg),
             "box_reg_loss_weight": options.BBOX_REG_LOSS_WEIGHT,
-            "prediction_matcher": make_matcher and make_matcher(cfg),
-            "clip_before_nms": use_mmdet,
-            "isr_positive": pisa_options(cfg, "ISR_POSITIVE"),
-            "carl": pisa_options(cfg, "CARL"),
+            "prediction_matcher": MATCHERS.make("MODEL.RETINANET.MATCHER", cfg),
+            "clip_before_nms": clip == "before_nms",
+            "isr_positive": IsrPositive.from_config(cfg),
+            "carl": Carl.from_config(cfg),
         }
 
     def forward_training(self, images, features, predictions, gt_instances: list[Instances]):
@@ -163,7 +196,9 @@ class LibraRetinaNet(RetinaNet):
         if self.carl is not None:
             positives = self._is_positive(labels)
             probs = logits[positives].float().sigmoid().gather(1, labels[positives].unsqueeze(1))
-            loss_carl = carl_loss(probs.squeeze(1), box_losses, normalizer=normalizer, **self.carl)
+            loss_carl = carl_loss(
+                probs.squeeze(1), box_losses, normalizer=normalizer, **asdict(self.carl)
+            )
             losses["loss_carl"] = loss_carl * self.box_reg_loss_weight
         return losses
 
@@ -202,7 +237,7 @@ class LibraRetinaNet(RetinaNet):
             rows.unique(dim=0, return_inverse=True)[1],
             classes,
             losses,
-            **self.isr_positive,
+            **asdict(self.isr_positive),
         )
         log_reweighting(losses, torch.ones_like(reweighted), reweighted)
         weights = torch.ones(labels.shape, dtype=reweighted.dtype, device=labels.device)
@@ -235,3 +270,19 @@ class LibraRetinaNet(RetinaNet):
             predictions.pred_boxes.clip(predictions.image_size)
             predictions = predictions[predictions.pred_boxes.nonempty()]
         return predictions
+
+
+def check_loss_weight(box_reg_loss_weight: float) -> None:
+    """Raises ``ValueError`` unless this can be a factor of the box loss."""
+    if not 0.0 <= box_reg_loss_weight < 1e6:
+        raise ValueError(
+            f"bbox_reg_loss_weight must not be negative, or huge, got {box_reg_loss_weight}"
+        )
+
+
+def _remove_relu(backbone: Backbone) -> None:
+    """Makes P7 from P6 itself where the pyramid has them from detectron2's block."""
+    pyramid = backbone.pyramid if isinstance(backbone, BalancedPyramid) else backbone
+    top_block = getattr(pyramid, "top_block", None)
+    if isinstance(top_block, LastLevelP6P7):
+        pyramid.top_block = LastLevelP6P7WithoutReLU(top_block)

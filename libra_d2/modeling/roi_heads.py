@@ -1,73 +1,171 @@
 """ROI heads with the samplers and losses of the balanced family."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection
+from typing import ClassVar
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import cat
+from detectron2.layers import ShapeSpec, cat
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    FastRCNNOutputLayers,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Instances, pairwise_iou
 from torch import Tensor, nn
 
-from libra_d2.config import background_threshold
-
+from .box_losses import DETECTRON2S
 from .fast_rcnn import LibraFastRCNNOutputLayers
-from .samplers import Predictions, SamplingMatcher
+from .samplers import (
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
+    Predictions,
+    Sampler,
+    SamplingMatcher,
+    background_iou,
+    needs_predictions,
+)
 from .sampling_log import log_sampled
+from .undisturbed import undisturbed
 
-__all__ = ["LibraCascadeROIHeads", "LibraROIHeads"]
+__all__ = [
+    "BalancedSampling",
+    "LibraCascadeROIHeads",
+    "LibraROIHeads",
+    "LibraRes5ROIHeads",
+]
 
 
-class _BalancedSampling:
-    """Samples with a :class:`SamplingMatcher`, for any ROI heads it is mixed into."""
+class BalancedSampling:
+    """Mixed into ROI heads, before their class, it gives them balanced sampling and losses.
+
+    .. code-block:: python
+
+        @ROI_HEADS_REGISTRY.register()
+        class MyBalancedROIHeads(BalancedSampling, MyROIHeads): ...
+
+    Made from a config, output layers that are detectron2's own are replaced by
+    :class:`LibraFastRCNNOutputLayers`, of the same weights.
+
+    Switches: ``MODEL.ROI_HEADS.POSITIVE_SAMPLER``, ``MODEL.ROI_HEADS.NEGATIVE_SAMPLER``,
+    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` and ``MODEL.PISA``. With all of them at their defaults
+    the heads compute what they would without, bit for bit.
+    """
+
+    # The config keys it reads, and the values that ask for nothing that detectron2 has not.
+    switches: ClassVar[dict[str, Collection]] = {
+        "MODEL.ROI_HEADS.POSITIVE_SAMPLER": ("random",),
+        "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": ("random",),
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": DETECTRON2S,
+        "MODEL.PISA.ISR_POSITIVE.ENABLED": (False,),
+        "MODEL.PISA.CARL.ENABLED": (False,),
+    }
 
     @configurable
-    def __init__(self, *, num_iou_bins: int = 3, background_iou: float = 0.5, **kwargs):
+    def __init__(
+        self,
+        *,
+        positive_sampler: Sampler | None = None,
+        negative_sampler: Sampler | None = None,
+        num_iou_bins: int = 3,
+        **kwargs,
+    ):
         """
         Args:
+            positive_sampler: chooses the positives to train on, such as
+                :class:`~libra_d2.modeling.InstanceBalancedSampler`; None for the parent's choice.
+            negative_sampler: the same for negatives.
             num_iou_bins: number of bins in which the sampled negatives' IoU is logged.
-            background_iou: upper edge of the last of them, in (0, 1].
             kwargs: those of the ROI heads.
+
+        Raises:
+            ValueError: if a sampler looks at predictions and the output layers do not fit it.
         """
         super().__init__(**kwargs)
         self.num_iou_bins = num_iou_bins
-        self.background_iou = background_iou
+        matcher = self.proposal_matcher
+        self.background_iou = 0.5
+        if isinstance(matcher, Matcher):  # which has put infinities around its thresholds
+            self.background_iou = background_iou(matcher.thresholds[1:-1], matcher.labels)
+        if positive_sampler is not None or negative_sampler is not None:
+            self.proposal_matcher = SamplingMatcher(
+                matcher,
+                positive_sampler=positive_sampler,
+                negative_sampler=negative_sampler,
+                batch_size_per_image=self.batch_size_per_image,
+                positive_fraction=self.positive_fraction,
+            )
+        for sampler in (positive_sampler, negative_sampler):
+            if needs_predictions(sampler):
+                _check_predictor(sampler, self._predictor())
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        ret = super().from_config(cfg, input_shape)
+        if "box_predictor" in ret:
+            ret["box_predictor"] = _replace_predictor(cfg, ret["box_predictor"])
+        if "box_predictors" in ret:
+            ret["box_predictors"] = [_replace_predictor(cfg, p) for p in ret["box_predictors"]]
+        return {
+            **ret,
+            "positive_sampler": POSITIVE_SAMPLERS.make("MODEL.ROI_HEADS.POSITIVE_SAMPLER", cfg),
+            "negative_sampler": NEGATIVE_SAMPLERS.make("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", cfg),
+            "num_iou_bins": cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS,
+        }
+
+    def _predictor(self) -> nn.Module:
+        """The (first) output layers."""
+        return self.box_predictor
 
     def _predict(
         self, features: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[LibraFastRCNNOutputLayers, tuple[Tensor, Tensor]]:
-        """The (first) predictor, and its logits and deltas of the proposals."""
-        raise NotImplementedError
+    ) -> tuple[Tensor, Tensor]:
+        """Its logits and deltas of the proposals; to be overridden where heads go another way."""
+        pooled = self.box_pooler(
+            [features[f] for f in self.box_in_features], [p.proposal_boxes for p in proposals]
+        )
+        return self.box_predictor(self.box_head(pooled))
 
     def forward(self, images, features, proposals, targets=None):
-        if not (self.training and getattr(self.proposal_matcher, "needs_predictions", False)):
-            return super().forward(images, features, proposals, targets)
-        predictions = self._predict_candidates(features, proposals, targets)
-        with self.proposal_matcher.looking_at(predictions):
-            return super().forward(images, features, proposals, targets)
+        if self.training and getattr(self.proposal_matcher, "needs_predictions", False):
+            proposals, targets = self._add_predictions(features, proposals, targets)
+        return super().forward(images, features, proposals, targets)
 
     @torch.no_grad()
-    def _predict_candidates(
+    def _add_predictions(
         self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
-    ) -> list[Predictions]:
-        """Predictions for all that :meth:`label_and_sample_proposals` will choose from."""
+    ) -> tuple[list[Instances], list[Instances]]:
+        """Copies that have what is predicted for them: ``candidate_logits``, ``candidate_boxes``.
+
+        Ground truths have them too where they are appended to the proposals.
+        """
+        candidates = proposals
         if self.proposal_append_gt:
-            proposals = add_ground_truth_to_proposals(targets, proposals)
-        with _undisturbed(self.box_head, self.box_predictor):
-            predictor, (logits, deltas) = self._predict(features, proposals)
+            candidates = add_ground_truth_to_proposals(targets, proposals)
+        with undisturbed(self):
+            logits, deltas = self._predict(features, candidates)
+        predictor = self._predictor()
         best = logits[:, :-1].argmax(dim=1)
         deltas = predictor.deltas_of(deltas, torch.arange(len(best), device=best.device), best)
-        boxes = cat([p.proposal_boxes.tensor for p in proposals])
+        boxes = cat([p.proposal_boxes.tensor for p in candidates])
         boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
-        sizes = [len(p) for p in proposals]
-        return [
-            Predictions(*image, gt.gt_classes)
-            for *image, gt in zip(logits.split(sizes), boxes.split(sizes), targets, strict=True)
-        ]
+        sizes = [len(p) for p in candidates]
+        with_predictions = []
+        for image, gt, own_logits, own_boxes in zip(
+            proposals, targets, logits.split(sizes), boxes.split(sizes), strict=True
+        ):
+            n = len(image)
+            image = _with(image, candidate_logits=own_logits[:n], candidate_boxes=own_boxes[:n])
+            if self.proposal_append_gt:
+                gt = _with(gt, candidate_logits=own_logits[n:], candidate_boxes=own_boxes[n:])
+            with_predictions.append((image, gt))
+        return tuple(map(list, zip(*with_predictions, strict=True)))
 
     def _sample_proposals(
         self, matched_idxs: Tensor, matched_labels: Tensor, gt_classes: Tensor
@@ -94,8 +192,13 @@ class _BalancedSampling:
         Where an image has ground truths, its proposals have one more field: ``gt_indices``, the
         index in the image of the ground truth each answers to. If the sampler weighs proposals
         they have ``loss_weights`` too.
+
+        Raises:
+            ValueError: if a sampler looks at predictions and proposals and targets have none:
+                :meth:`forward` adds them.
         """
         num_gts = [len(t) for t in targets]
+        predictions = self._take_predictions(proposals, targets)
         # Numbers of all to choose from: the proposals, then the ground truths that are appended.
         numbered = [
             (
@@ -104,12 +207,19 @@ class _BalancedSampling:
             )
             for p, t in zip(proposals, targets, strict=True)
         ]
-        sampled = super().label_and_sample_proposals(*map(list, zip(*numbered, strict=True)))
-        weights = getattr(self.proposal_matcher, "weights", None) or [None] * len(sampled)
+        numbered = map(list, zip(*numbered, strict=True))
+        if isinstance(self.proposal_matcher, SamplingMatcher):
+            with self.proposal_matcher.of(predictions) as weights:
+                sampled = super().label_and_sample_proposals(*numbered)
+        else:
+            sampled = super().label_and_sample_proposals(*numbered)
+            weights = [None] * len(sampled)
         for image, image_weights in zip(sampled, weights, strict=True):
             if image_weights is not None:
                 image.loss_weights = image_weights[image.candidate]
-            image.remove("candidate")
+            for name in ("candidate", "candidate_logits", "candidate_boxes"):
+                if image.has(name):
+                    image.remove(name)
         log_sampled(
             sampled,
             num_gts=num_gts,
@@ -119,106 +229,81 @@ class _BalancedSampling:
         )
         return sampled
 
-
-@ROI_HEADS_REGISTRY.register()
-class LibraROIHeads(_BalancedSampling, StandardROIHeads):
-    """detectron2's standard ROI heads with balanced sampling and losses.
-
-    Switches: ``MODEL.ROI_HEADS.POSITIVE_SAMPLER``, ``MODEL.ROI_HEADS.NEGATIVE_SAMPLER``,
-    ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` and ``MODEL.PISA``. With all of them at their defaults
-    it computes what its parent does, bit for bit.
-    """
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        ret = super().from_config(cfg, input_shape)
-        matcher = SamplingMatcher.from_config(cfg, ret["proposal_matcher"])
-        return {**ret, **_log_options(cfg), "proposal_matcher": matcher}
-
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(cfg, input_shape)
-        shape = ret["box_head"].output_shape
-        ret["box_predictor"] = _replace_predictor(cfg, shape, ret["box_predictor"])
-        return ret
-
-    def _predict(self, features, proposals):
-        pooled = self.box_pooler(
-            [features[f] for f in self.box_in_features], [p.proposal_boxes for p in proposals]
-        )
-        return self.box_predictor, self.box_predictor(self.box_head(pooled))
+    def _take_predictions(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Predictions]:
+        """What is predicted for each image's candidates, from the fields that have it."""
+        predictions = []
+        for image, gt in zip(proposals, targets, strict=True):
+            if image.has("candidate_logits"):
+                parts = [image, gt] if self.proposal_append_gt else [image]
+                logits = torch.cat([part.candidate_logits for part in parts])
+                boxes = torch.cat([part.candidate_boxes for part in parts])
+                predictions.append(Predictions(logits, boxes, gt.gt_classes))
+        return predictions
 
 
 @ROI_HEADS_REGISTRY.register()
-class LibraCascadeROIHeads(_BalancedSampling, CascadeROIHeads):
-    """detectron2's cascade with balanced sampling in its first stage and balanced losses in all.
+class LibraROIHeads(BalancedSampling, StandardROIHeads):
+    """detectron2's standard ROI heads with balanced sampling and losses."""
 
-    Switches as in :class:`LibraROIHeads`. With all of them at their defaults it computes what its
-    parent does, bit for bit.
-    """
 
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        return {**super().from_config(cfg, input_shape), **_log_options(cfg)}
-
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(cfg, input_shape)
-        first, *others = ret["proposal_matchers"]
-        ret["proposal_matchers"] = [SamplingMatcher.from_config(cfg, first), *others]
-        ret["box_predictors"] = [
-            _replace_predictor(cfg, head.output_shape, predictor)
-            for head, predictor in zip(ret["box_heads"], ret["box_predictors"], strict=True)
-        ]
-        return ret
+@ROI_HEADS_REGISTRY.register()
+class LibraRes5ROIHeads(BalancedSampling, Res5ROIHeads):
+    """detectron2's C4 heads, whose features are made by res5, with balanced sampling and losses."""
 
     def _predict(self, features, proposals):
-        features = [features[f] for f in self.box_in_features]
-        return self.box_predictor[0], self._run_stage(features, proposals, 0)
+        boxes = [p.proposal_boxes for p in proposals]
+        pooled = self._shared_roi_transform([features[f] for f in self.in_features], boxes)
+        return self.box_predictor(pooled.mean(dim=[2, 3]))
+
+
+@ROI_HEADS_REGISTRY.register()
+class LibraCascadeROIHeads(BalancedSampling, CascadeROIHeads):
+    """detectron2's cascade with balanced sampling in its first stage and balanced losses in all."""
+
+    def _predictor(self):
+        return self.box_predictor[0]
+
+    def _predict(self, features, proposals):
+        return self._run_stage([features[f] for f in self.box_in_features], proposals, 0)
 
     def _match_and_label_boxes(self, proposals, stage, targets):
         """Labels as the parent does, and for ISR-P adds the field ``gt_indices``."""
-        for image, gt in zip(proposals, targets, strict=True):
-            if len(gt) > 0 and self.box_predictor[stage].isr_positive is not None:
+        if getattr(self.box_predictor[stage], "isr_positive", None) is not None:
+            for image, gt in zip(proposals, targets, strict=True):
                 ious = pairwise_iou(gt.gt_boxes, image.proposal_boxes)
-                image.gt_indices = ious.max(dim=0).indices
+                # Without ground truths there are no positives, whose index would be read.
+                none = torch.zeros(len(image), dtype=torch.int64, device=ious.device)
+                image.gt_indices = ious.max(dim=0).indices if len(gt) > 0 else none
         return super()._match_and_label_boxes(proposals, stage, targets)
 
 
-def _log_options(cfg) -> dict:
-    return {
-        "num_iou_bins": cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS,
-        "background_iou": background_threshold(cfg),
-    }
+def _check_predictor(sampler: Sampler, predictor: nn.Module) -> None:
+    """Refuses output layers that cannot give a sampler the predictions it looks at."""
+    if not isinstance(predictor, LibraFastRCNNOutputLayers):
+        raise ValueError(
+            f"{sampler} needs LibraFastRCNNOutputLayers as box_predictor, "
+            f"got {type(predictor).__name__}"
+        )
+    if predictor.use_sigmoid_ce:
+        raise ValueError(f"{sampler} needs the softmax over classes: use_sigmoid_ce False")
 
 
-def _replace_predictor(cfg, input_shape, predictor: nn.Module) -> LibraFastRCNNOutputLayers:
-    """The same predictor with this project's losses.
+def _replace_predictor(cfg, predictor: nn.Module) -> nn.Module:
+    """The same predictor with this project's losses; any but detectron2's own stays as it is.
 
     The weights that detectron2 has drawn are taken over and no other random numbers are drawn, so
     that the same seed gives the same model.
     """
+    if type(predictor) is not FastRCNNOutputLayers:
+        return predictor
     transform = Box2BoxTransform(weights=predictor.box2box_transform.weights)
+    shape = ShapeSpec(channels=predictor.cls_score.in_features)
     with torch.random.fork_rng(devices=[]):
-        replaced = LibraFastRCNNOutputLayers(cfg, input_shape, box2box_transform=transform)
+        replaced = LibraFastRCNNOutputLayers(cfg, shape, box2box_transform=transform)
     replaced.load_state_dict(predictor.state_dict())
     return replaced
-
-
-@contextlib.contextmanager
-def _undisturbed(*modules: nn.Module) -> Iterator[None]:
-    """A forward pass in here leaves no trace in random state and batch-norm statistics."""
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    devices = {p.device for module in modules for p in module.parameters() if p.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-        # Under AMP older versions of torch would reuse weights cast in here, without gradient.
-        torch.clear_autocast_cache()
 
 
 def _range(start: int, instances: Instances) -> Tensor:

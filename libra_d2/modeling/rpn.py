@@ -1,37 +1,136 @@
-"""Region proposal network with a bound on its negatives."""
+"""Region proposal network with balanced samples and losses (Libra R-CNN, table 3).
 
+Shape shorthand in this module:
+
+    N: number of images
+    R: number of anchors of an image, over all levels
+"""
+
+from collections.abc import Collection
+from typing import ClassVar
+
+import torch
 from detectron2.config import configurable
+from detectron2.layers import cat
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.structures import Boxes
+from detectron2.utils.events import get_event_storage
 from torch import Tensor
+from torch.nn import functional as F
 
+from libra_d2.config import get_key, settle
 from libra_d2.sampling import sample_random
 
+from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
+from .samplers import (
+    NEGATIVE_SAMPLERS,
+    POSITIVE_SAMPLERS,
+    Sampler,
+    SamplingMatcher,
+    needs_predictions,
+)
+from .switches import check_bound, naming_keys, refuse_replaced
+
 __all__ = ["LibraRPN"]
+
+LOSS_NORMALIZERS = ("batch_size", "sampled")
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class LibraRPN(RPN):
-    """detectron2's RPN that trains on at most so many negatives a positive.
+    """detectron2's RPN with balanced samples and losses, and a bound on its negatives.
 
-    Switch: ``MODEL.RPN.NEGATIVE_POSITIVE_UB``; -1, the default, is detectron2's behaviour.
+    Switches: ``MODEL.RPN.NEGATIVE_POSITIVE_UB``, ``LOSS_NORMALIZER``, ``POSITIVE_SAMPLER``,
+    ``NEGATIVE_SAMPLER`` and ``BBOX_REG_LOSS_TYPE``. With all of them at their defaults it computes
+    what its parent does, bit for bit.
     """
 
+    # The config keys it reads, and the values that ask for nothing that detectron2 has not.
+    switches: ClassVar[dict[str, Collection]] = {
+        "MODEL.RPN.NEGATIVE_POSITIVE_UB": (-1,),
+        "MODEL.RPN.LOSS_NORMALIZER": ("auto", "batch_size"),
+        "MODEL.RPN.POSITIVE_SAMPLER": ("random",),
+        "MODEL.RPN.NEGATIVE_SAMPLER": ("random",),
+        "MODEL.RPN.BBOX_REG_LOSS_TYPE": DETECTRON2S,
+    }
+
     @configurable
-    def __init__(self, *, negative_positive_ub: int = -1, **kwargs):
+    def __init__(
+        self,
+        *,
+        negative_positive_ub: int = -1,
+        loss_normalizer: str = "batch_size",
+        positive_sampler: Sampler | None = None,
+        negative_sampler: Sampler | None = None,
+        box_loss: BoxLoss | None = None,
+        **kwargs,
+    ):
         """
         Args:
             negative_positive_ub: the largest number of negatives a positive, which an image without
                 positives may have too; -1 for no bound.
+            loss_normalizer: what both losses are divided by: "batch_size", the parent's
+                ``batch_size_per_image`` times the number of images, or "sampled", the number of
+                anchors really sampled.
+            positive_sampler: chooses the positives to train on; None for the parent's choice.
+            negative_sampler: the same for negatives.
+            box_loss: of each positive's deltas, anchor and ground truth; None for that of the
+                parent's ``box_reg_loss_type`` and ``smooth_l1_beta``.
             kwargs: see :class:`RPN`.
+
+        Raises:
+            ValueError: if an argument is out of its range or they exclude each other.
         """
+        if box_loss is not None:
+            refuse_replaced(kwargs, ("box_reg_loss_type", "smooth_l1_beta"), "box_loss")
         super().__init__(**kwargs)
+        check_bound(negative_positive_ub)
+        if loss_normalizer not in LOSS_NORMALIZERS:
+            raise ValueError(
+                f"loss_normalizer must be one of {', '.join(LOSS_NORMALIZERS)}, "
+                f"got '{loss_normalizer}'"
+            )
         self.negative_positive_ub = negative_positive_ub
+        self.loss_normalizer = loss_normalizer
+        self.box_loss = box_loss or detectron2s_box_loss(
+            self.box_reg_loss_type, self.smooth_l1_beta
+        )
+        if positive_sampler is None and negative_sampler is None:
+            return
+        for sampler in (positive_sampler, negative_sampler):
+            if needs_predictions(sampler):
+                raise ValueError(f"{sampler} looks at a box head's predictions: not for an RPN")
+        if self.anchor_boundary_thresh >= 0:
+            raise ValueError("samplers need anchor_boundary_thresh -1: they count all anchors")
+        self.anchor_matcher = SamplingMatcher(
+            self.anchor_matcher,
+            positive_sampler=positive_sampler,
+            negative_sampler=negative_sampler,
+            batch_size_per_image=self.batch_size_per_image,
+            positive_fraction=self.positive_fraction,
+            negative_positive_ub=negative_positive_ub,
+        )
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
-        ret["negative_positive_ub"] = cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB
-        return ret
+        ret = {k: v for k, v in ret.items() if k not in ("box_reg_loss_type", "smooth_l1_beta")}
+        bound = cfg.MODEL.RPN.NEGATIVE_POSITIVE_UB
+        with naming_keys(cfg, "MODEL.RPN"):
+            check_bound(bound)
+        # The published models, whose negatives are bounded, had the mean over the sampled.
+        key = "MODEL.RPN.LOSS_NORMALIZER"
+        normalizer = settle(key, cfg, paper="batch_size", mmdet="sampled")
+        if bound != -1 and get_key(cfg, key) == "auto":
+            normalizer = "sampled"
+        return {
+            **ret,
+            "negative_positive_ub": bound,
+            "loss_normalizer": normalizer,
+            "positive_sampler": POSITIVE_SAMPLERS.make("MODEL.RPN.POSITIVE_SAMPLER", cfg),
+            "negative_sampler": NEGATIVE_SAMPLERS.make("MODEL.RPN.NEGATIVE_SAMPLER", cfg),
+            "box_loss": BOX_LOSSES.make("MODEL.RPN.BBOX_REG_LOSS_TYPE", cfg),
+        }
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
         """Samples as the parent does, then drops random negatives over the bound.
@@ -46,3 +145,52 @@ class LibraRPN(RPN):
         bound = self.negative_positive_ub * (label == 1).sum().clamp(min=1)
         label[negatives & ~sample_random(negatives, bound)] = -1
         return label
+
+    @torch.jit.unused
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Objectness and box loss, over the anchors that were sampled.
+
+        Args:
+            anchors: boxes of each level.
+            pred_objectness_logits: (N, anchors of the level) of each level.
+            gt_labels: (R,) of each image; 1 positive, 0 negative, -1 not trained on.
+            pred_anchor_deltas: (N, anchors of the level, 4) of each level.
+            gt_boxes: the ground truths that positives answer to, (R, 4) of each image.
+
+        Returns:
+            ``loss_rpn_cls`` and ``loss_rpn_loc``, scalars.
+        """
+        labels, gt_boxes = torch.stack(gt_labels), torch.stack(gt_boxes)
+        positives, sampled = labels == 1, labels >= 0
+        counts = torch.stack([positives.sum(), sampled.sum()])
+        num_positives, num_sampled = counts.tolist()
+        storage = get_event_storage()
+        storage.put_scalar("rpn/num_pos_anchors", num_positives / len(labels))
+        storage.put_scalar("rpn/num_neg_anchors", (num_sampled - num_positives) / len(labels))
+
+        objectness = F.binary_cross_entropy_with_logits(
+            cat(pred_objectness_logits, dim=1)[sampled],
+            labels[sampled].to(torch.float32),
+            reduction="sum",
+        )
+        box_losses = self.box_loss(
+            self.box2box_transform,
+            cat(pred_anchor_deltas, dim=1)[positives],
+            Boxes.cat(anchors).tensor.expand_as(gt_boxes)[positives],
+            gt_boxes[positives],
+        )
+        normalizer = self.batch_size_per_image * len(labels)
+        if self.loss_normalizer == "sampled":
+            normalizer = max(num_sampled, 1)
+        losses = {
+            "loss_rpn_cls": objectness / normalizer,
+            "loss_rpn_loc": box_losses.sum() / normalizer,
+        }
+        return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
