@@ -11,6 +11,8 @@ from detectron2.modeling import build_model
 from toys import BASELINE, CONFIGS, LIBRA, RETINANET, toy_config
 
 from libra_d2.engine import load_config
+from libra_d2.engine.arithmetic import evaluate
+from libra_d2.engine.config_file import config_files
 from libra_d2.modeling import ScoreHlrSampler
 
 SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
@@ -297,6 +299,52 @@ def test_bad_files_are_one_sentence(tmp_path, text, match):
     with pytest.raises(ValueError, match=match) as error:
         load_config(str(file))
     assert "\n" not in str(error.value) and "bad.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        (
+            "[[x, x * 2**(1.0/3)] for x in [32, 64]]",
+            [[32, 32 * 2 ** (1 / 3)], [64, 64 * 2 ** (1 / 3)]],
+        ),
+        ("[int(x * 0.1 * 640) for x in range(5, 8)]", [320, 384, 448]),
+        ("-3 + 4.5", 1.5),
+    ],
+)
+def test_the_zoos_arithmetic_is_read(expression, value, tmp_path):
+    assert evaluate(expression) == value
+    file = tmp_path / "zoo.yaml"
+    name = "!!python/object/apply:eval"
+    text = (
+        f'_BASE_: base.yaml\nMODEL:\n  ANCHOR_GENERATOR:\n    SIZES: {name} ["[[{expression}]]"]\n'
+    )
+    file.write_text(text)
+    (tmp_path / "base.yaml").write_text("VERSION: 2\n")
+    cfg = load_config(str(file), ["MODEL.DEVICE", "cpu"])
+    assert [[value]] == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    assert [Path(f).name for f in config_files(str(file))] == ["zoo.yaml", "base.yaml"]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "__import__('os').getcwd()",
+        "[].__class__",
+        "open('/etc/passwd')",
+        "[x for x in range(10**9)]",
+        "9999**9999",
+        "(lambda: 1)()",
+        "[x if x else 1 for x in [1]]",
+        "'a' * 9",
+        "1 +",
+        "int",
+        "x",
+    ],
+)
+def test_what_is_no_arithmetic_is_not_run(expression):
+    with pytest.raises(ValueError):
+        evaluate(expression)
 
 
 def test_a_missing_file_names_its_neighbour():

@@ -111,7 +111,16 @@ def test_every_config_trains_resumes_and_is_evaluated(config, tmp_path):
     weights = str(tmp_path / "model_final.pth")
     main(command(config, tmp_path, "MODEL.WEIGHTS", weights, flags=["--eval-only"]))
     assert (tmp_path / "config.yaml").read_bytes() == saved
-    assert (tmp_path / "inference" / "coco_instances_results.json").exists()
+    results = "box_proposals.pkl" if "/rpn_R" in config or "libra_rpn" in config else None
+    assert (tmp_path / "inference" / (results or "coco_instances_results.json")).exists()
+
+
+def test_proposals_are_evaluated_by_their_recall(tmp_path):
+    main(command("COCO-Detection/libra_rpn_R_50_FPN_1x.yaml", tmp_path))
+    recalls = {k: v for r in metrics(tmp_path) for k, v in r.items() if k.startswith("box_prop")}
+    assert {f"box_proposals/AR@{n}" for n in (100, 300, 1000)} <= set(recalls)
+    at = [recalls[f"box_proposals/AR@{n}"] for n in (100, 300, 1000)]
+    assert at == sorted(at)
 
 
 def test_safetensors_are_evaluated_like_checkpoints(tmp_path):

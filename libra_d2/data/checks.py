@@ -57,7 +57,8 @@ def check_dataset(
             raise ValueError(f"data set '{name}': {path} is not a file")
         if os.path.getsize(path) <= MAX_BYTES:
             try:
-                classes = _check_coco(read_json(path), for_training, fields)
+                is_lvis = metadata.get("evaluator_type") == "lvis"
+                classes = _check_coco(read_json(path), for_training, fields, is_lvis)
             except ValueError as error:
                 raise ValueError(f"data set '{name}': {path} {error}") from None
     if classes and num_classes < len(classes):
@@ -75,7 +76,7 @@ def read_json(path: str):
         raise ValueError("is not valid json") from None
 
 
-def _check_coco(content, for_training: bool, fields: tuple) -> list:
+def _check_coco(content, for_training: bool, fields: tuple, is_lvis: bool = False) -> list:
     """Checks the content of an annotation file; returns its categories."""
     lists = ("images", "categories", *(("annotations",) if for_training else ()))
     if not isinstance(content, dict) or not all(isinstance(content.get(x), list) for x in lists):
@@ -83,8 +84,10 @@ def _check_coco(content, for_training: bool, fields: tuple) -> list:
     annotations = content.get("annotations") or []
     # pycocotools wants area and iscrowd of what it evaluates on.
     needed = ("id", "image_id", "category_id", "bbox", *(fields if for_training else ()))
-    needed += () if for_training else ("area", "iscrowd")
-    image_ids = _ids(content["images"], "images", ("id", "file_name", "height", "width"))
+    needed += () if for_training else ("area",) if is_lvis else ("area", "iscrowd")
+    # LVIS names its images by their address in COCO.
+    file_name = "coco_url" if is_lvis else "file_name"
+    image_ids = _ids(content["images"], "images", ("id", file_name, "height", "width"))
     category_ids = _ids(content["categories"], "categories", ("id", "name"))
     _ids(annotations, "annotations", needed)
     if not image_ids or not category_ids or (for_training and not annotations):

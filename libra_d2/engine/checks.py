@@ -1,5 +1,6 @@
 """Checks before a run: whatever would make it fail later is one clear sentence now."""
 
+import math
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -186,8 +187,9 @@ def _check_run_in(output: Path, resume: bool, overwrite: bool, inputs: list[str]
 
 def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
     key = "RETINANET" if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else "ROI_HEADS"
+    is_agnostic = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     classes = {
-        "num_classes": cfg.MODEL[key].NUM_CLASSES,
+        "num_classes": math.inf if is_agnostic else cfg.MODEL[key].NUM_CLASSES,
         "num_classes_key": f"MODEL.{key}.NUM_CLASSES",
     }
     fields = ("segmentation",) * cfg.MODEL.MASK_ON + ("keypoints",) * cfg.MODEL.KEYPOINT_ON

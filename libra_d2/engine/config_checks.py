@@ -108,6 +108,8 @@ def _check_switches(cfg: CfgNode, places: tuple[str, ...]) -> None:
     """Refuses a switch that the classes named in these places do not read, and would ignore."""
     names = {place: get_key(cfg, place) for place in places}
     present = [_REGISTRIES[p].get(n) for p, n in names.items() if n in _REGISTRIES[p]]
+    if any(n not in _REGISTRIES[p] and n != "PrecomputedProposals" for p, n in names.items()):
+        return  # which is said when the model is built
     # A user's own class may read anything.
     if not all(hasattr(c, "switches") or c.__module__.startswith("detectron2.") for c in present):
         return

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import add_libra_config, get_key, suggest
 
+from .arithmetic import ZooConfig, read_yaml
 from .config_checks import check_config
 
 __all__ = ["config_files", "load_config"]
@@ -37,6 +38,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_libra_config(cfg)
     cfg.MODEL.DEVICE = AUTO
+    cfg = ZooConfig(cfg)
     if not PathManager.isfile(config_file):
         path = Path(config_file)
         others = [str(file) for file in path.parent.glob("*.yaml")]
@@ -53,6 +55,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     for key, default in _values(defaults):
         if default is not None and get_key(cfg, key) is None:
             raise ValueError(f"{key} must be {_article(default)}, got None")
+    cfg = CfgNode(cfg)
     check_config(cfg)
     _settle_device(cfg)
     cfg.freeze()
@@ -64,7 +67,7 @@ def config_files(config_file: str) -> list[str]:
     files = []
     while config_file and os.path.isfile(config_file):
         files.append(config_file)
-        base = yaml.safe_load(Path(config_file).read_text()).get("_BASE_", "")
+        base = read_yaml(Path(config_file).read_text()).get("_BASE_", "")
         config_file = base and os.path.join(os.path.dirname(config_file), os.path.expanduser(base))
     return files
 

@@ -1,0 +1,100 @@
+"""Reads the arithmetic that detectron2's zoo has in its yaml files, without running code."""
+
+import ast
+import io
+import operator
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+__all__ = ["ZooConfig", "evaluate", "read_yaml"]
+
+TAG = "tag:yaml.org,2002:python/object/apply:eval"
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+_FUNCTIONS = {"int": int, "float": float, "round": round, "range": range}
+_MOST = 10_000  # characters of an expression, entries of a range, and largest number
+
+
+def evaluate(expression: str) -> Any:
+    """The value of an expression of numbers, lists, + - * / **, and comprehensions over lists.
+
+    Raises:
+        ValueError: if it has anything else.
+    """
+    if len(expression) > _MOST:
+        raise ValueError("is too long")
+    try:
+        return _evaluate(ast.parse(expression.strip(), mode="eval").body, {})
+    except (SyntaxError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"is no arithmetic ({error})") from error
+
+
+def _evaluate(node: ast.AST, names: dict[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.Name(id=name) if name in names:
+            return names[name]
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return [_evaluate(element, names) for element in elements]
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_evaluate(operand, names))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            numbers = [_evaluate(left, names), _evaluate(right, names)]
+            # Above a small power numbers can take all the memory.
+            small = type(op) is not ast.Pow or abs(numbers[1]) <= 64
+            if all(isinstance(x, (int, float)) and abs(x) <= _MOST for x in numbers) and small:
+                return _OPERATORS[type(op)](*numbers)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
+            value = _FUNCTIONS[name](*(_evaluate(arg, names) for arg in args))
+            if name != "range" or len(value) <= _MOST:
+                return value
+        case ast.ListComp(
+            elt=element,
+            generators=[
+                ast.comprehension(target=ast.Name(id=name), iter=items, ifs=[], is_async=0)
+            ],
+        ):
+            return [_evaluate(element, {**names, name: x}) for x in _evaluate(items, names)]
+    raise ValueError(f"has {ast.unparse(node)}, which is not read because it could run any code")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe yaml, and this one tag."""
+
+
+def _construct(loader: _Loader, node: yaml.SequenceNode) -> Any:
+    try:
+        (expression,) = loader.construct_sequence(node)
+        return evaluate(expression)
+    except ValueError as error:
+        problem = f"could not determine a constructor for the tag '{TAG}' that {error}"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+_Loader.add_constructor(TAG, _construct)
+
+
+def read_yaml(text: str) -> Any:
+    """The content of safe yaml that may have the zoo's arithmetic."""
+    return yaml.load(text, _Loader)
+
+
+class ZooConfig(CfgNode):
+    """A config that reads the zoo's files too."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str):
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        if "python/object/apply:eval" in text:
+            text = yaml.safe_dump(read_yaml(text))
+        return io.StringIO(text)
