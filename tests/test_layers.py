@@ -158,6 +158,28 @@ class TestBalancedFeaturePyramid:
         for got, expected in zip(program.module()(*levels), module(*levels), strict=True):
             torch.testing.assert_close(got, expected)
 
+    @pytest.mark.parametrize("refine_type", ["non_local", "conv", "none"])
+    def test_is_exported_for_any_size(self, refine_type):
+        """Recorded at sizes that do not nest, and held to those of eager pooling at any."""
+
+        class Pyramid(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bfp = randomize(BalancedFeaturePyramid(8, 5, refine_type=refine_type))
+
+            def forward(self, x):
+                return tuple(self.bfp([F.max_pool2d(x, 1, stride=2**i) for i in range(5)]))
+
+        module = Pyramid().eval()
+        dims = {"x": {2: torch.export.Dim("h", min=17), 3: torch.export.Dim("w", min=17)}}
+        program = torch.export.export(module, (torch.rand(1, 8, 33, 47),), dynamic_shapes=dims)
+        traced = torch.jit.trace(module, torch.rand(1, 8, 33, 47))
+        for size in ((32, 48), (40, 24), (50, 67), (198, 200), (17, 230)):
+            x = torch.randn(1, 8, *size)
+            for recorded in (program.module(), traced):
+                for got, expected in zip(recorded(x), module(x), strict=True):
+                    assert torch.equal(got, expected)
+
     @pytest.mark.parametrize(
         ("args", "match"),
         [
