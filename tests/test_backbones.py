@@ -11,6 +11,8 @@ from detectron2.modeling.backbone import FPN
 from torch import nn
 from toys import BASELINE, LIBRA, PLAIN, RETINANET, small_config, toy_config
 
+from libra_d2.checkpoint import write_weights
+from libra_d2.engine.trainer import WeightsCheckpointer
 from libra_d2.layers import BalancedFeaturePyramid
 from libra_d2.modeling import BalancedPyramid
 
@@ -172,6 +174,43 @@ class TestCheckpoints:
         assert incompatible.unexpected_keys == []
         state = libra.state_dict()
         assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+
+    @pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors"])
+    def test_both_directions_in_every_kind_of_file(self, suffix, tmp_path):
+        torch.manual_seed(0)
+        plain, libra = build_model(toy_config(BASELINE)), build_model(toy_config(LIBRA))
+        for source, target in ((plain, libra), (libra, plain)):
+            file, state = tmp_path / f"{id(source)}{suffix}", source.state_dict()
+            if suffix == ".pkl":
+                arrays = {name: value.numpy() for name, value in state.items()}
+                file.write_bytes(pickle.dumps({"model": arrays, "__author__": "zoo"}))
+            else:
+                write_weights(str(file), dict(state), {})
+            loaded, found = copy.deepcopy(target), {}
+            checkpointer = WeightsCheckpointer(loaded)
+            load = checkpointer._load_model
+            checkpointer._load_model = lambda c, load=load, found=found: found.setdefault(
+                "incompatible", load(c)
+            )
+            checkpointer.load(str(file))
+            own = {name for name in libra.state_dict() if name.startswith("backbone.bfp.")}
+            missing, unexpected = own, set()
+            if target is plain:
+                missing, unexpected = set(), own
+            assert set(found["incompatible"].missing_keys) == missing
+            assert set(found["incompatible"].unexpected_keys) == unexpected
+            both = plain.state_dict().keys()
+            assert all(torch.equal(loaded.state_dict()[name], state[name]) for name in both)
+
+    def test_missing_weights_are_called_what_files_call_them(self):
+        libra = build_model(toy_config(LIBRA))
+        state = libra.state_dict()
+        assert not any("pyramid" in name for name in state)
+        state.pop("backbone.fpn_lateral2.weight")
+        state["backbone.odd"] = torch.zeros(1)
+        found = libra.load_state_dict(state, strict=False)
+        assert found.missing_keys == ["backbone.fpn_lateral2.weight"]
+        assert found.unexpected_keys == ["backbone.odd"]
 
     def test_an_imagenet_backbone_loads(self):
         """By detectron2's matching of names, as from its R-50.pkl."""

@@ -20,8 +20,9 @@ from detectron2.utils.logger import setup_logger
 from toys import BASELINE, CONFIGS, LIBRA, toy_opts
 
 from libra_d2.checkpoint import write_weights
+from libra_d2.data.checks import check_dataset
 from libra_d2.data.digits import Split, make_digits
-from libra_d2.engine import main
+from libra_d2.engine import LibraTrainer, check_run, checks, load_config, main
 
 ROOT = CONFIGS.parent
 TRAINED = sorted(
@@ -121,6 +122,77 @@ def test_proposals_are_evaluated_by_their_recall(tmp_path):
     assert {f"box_proposals/AR@{n}" for n in (100, 300, 1000)} <= set(recalls)
     at = [recalls[f"box_proposals/AR@{n}"] for n in (100, 300, 1000)]
     assert at == sorted(at)
+
+
+def test_augmentation_at_test_time_is_evaluated_too(tmp_path, capsys):
+    opts = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (96,), "TEST.AUG.MAX_SIZE", 200)
+    main(command(BASELINE, tmp_path, "SOLVER.MAX_ITER", 1, *opts))
+    assert any("bbox_TTA/AP" in r for r in metrics(tmp_path))
+    assert (tmp_path / "inference_TTA").is_dir()
+    argv = command("Base-RetinaNet.yaml", tmp_path / "out", *opts)
+    fails(capsys, argv, "TEST.AUG.ENABLED True needs MODEL.META_ARCHITECTURE GeneralizedRCNN")
+
+
+def test_expected_results_are_compared_with_an_evaluation(tmp_path):
+    main(command(BASELINE, tmp_path, "SOLVER.MAX_ITER", 1))
+    for expected, ok in ((0.0, True), (90.0, False)):
+        opts = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "TEST.EXPECTED_RESULTS")
+        argv = command(BASELINE, tmp_path, *opts, [["bbox", "AP", expected, 20.0]])
+        if ok:
+            main([*argv[:2], "--eval-only", *argv[2:]])
+        else:
+            with pytest.raises(SystemExit) as error:
+                main([*argv[:2], "--eval-only", *argv[2:]])
+            assert error.value.code == 1
+
+
+def test_the_batch_is_divided_as_it_is_scaled(tmp_path):
+    """16 images for 8 processes are 6 for 3."""
+    opts = ("SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8)
+    _, config, *opts = command(LIBRA, tmp_path, *opts)
+    cfg = load_config(config, opts)
+    check_run(cfg, eval_only=False, num_processes=3)
+    with pytest.raises(ValueError, match="a multiple of SOLVER.REFERENCE_WORLD_SIZE 8, got 12"):
+        cfg = load_config(config, [*opts, "SOLVER.IMS_PER_BATCH", "12"])
+        check_run(cfg, eval_only=False, num_processes=3)
+
+
+def test_the_checks_build_the_model_on_the_cpu(tmp_path, monkeypatch):
+    _, config, *opts = command(LIBRA, tmp_path)
+    cfg = load_config(config, opts)
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cuda"
+    devices = []
+    build = checks.build_model
+    monkeypatch.setattr(checks, "build_model", lambda c: devices.append(c.MODEL.DEVICE) or build(c))
+    check_run(cfg, eval_only=False)
+    assert devices == ["cpu"] and cfg.MODEL.DEVICE == "cuda"
+
+
+def test_a_trainer_in_a_users_script_logs(tmp_path):
+    """And what others print while it evaluates is not swallowed."""
+    logging.getLogger("detectron2").setLevel(logging.NOTSET)
+    _, config, *opts = command(BASELINE, tmp_path)
+    LibraTrainer(load_config(config, opts))
+    assert logging.getLogger("detectron2").isEnabledFor(logging.INFO)
+
+
+def test_lvis_annotations_pass_the_checks(tmp_path):
+    image = {"id": 1, "coco_url": "http://x/train2017/1.jpg", "height": 9, "width": 9}
+    annotation = {**ANNOTATION, "area": 12}
+    file = tmp_path / "lvis.json"
+    content = json.loads(coco(images=[image], annotations=[annotation]))
+    file.write_text(json.dumps(content))
+    MetadataCatalog.get("tiny_lvis").set(json_file=str(file), evaluator_type="lvis")
+    DatasetCatalog.register("tiny_lvis", list)
+    try:
+        for for_training in (True, False):
+            check_dataset(
+                "tiny_lvis", for_training=for_training, num_classes=1, num_classes_key="NUM_CLASSES"
+            )
+    finally:
+        DatasetCatalog.remove("tiny_lvis")
+        MetadataCatalog.remove("tiny_lvis")
 
 
 def test_safetensors_are_evaluated_like_checkpoints(tmp_path):

@@ -1,5 +1,6 @@
 """Switches as objects: registries, options from the config, constructors that stand alone."""
 
+import copy
 import pickle
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads, build_mode
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.utils.events import EventStorage
+from torch.utils.checkpoint import checkpoint
 from toys import BASELINE, LIBRA, make_inputs, small_config, toy_config, train_step
 
 from libra_d2.modeling import (
@@ -89,6 +91,62 @@ def test_any_roi_heads_are_balanced_in_two_lines():
     with EventStorage():
         losses = model(make_inputs())
     assert all(loss.isfinite() for loss in losses.values())
+
+
+class TestModels:
+    """A whole Libra model as an object among others."""
+
+    def model(self):
+        torch.manual_seed(0)
+        bfp = ("MODEL.BACKBONE.NAME", "build_bfp_backbone")
+        return build_model(small_config(LIBRA, *bfp))
+
+    def losses(self, model):
+        torch.manual_seed(1)
+        with EventStorage():
+            return model.train()(make_inputs())
+
+    @pytest.mark.parametrize("copied", ["deepcopy", "pickle", "ema"])
+    def test_copies_compute_the_same(self, copied):
+        model = self.model()
+        make = {
+            "deepcopy": copy.deepcopy,
+            "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+            "ema": lambda m: torch.optim.swa_utils.AveragedModel(m),
+        }[copied]
+        other = make(model)
+        torch.testing.assert_close(self.losses(other), self.losses(model), rtol=0, atol=0)
+
+    def test_activation_checkpointing(self):
+        backbone = self.model().backbone.train()
+        image = torch.rand(1, 3, 64, 64, requires_grad=True)
+        gradients = []
+        for run in (backbone, lambda x: checkpoint(backbone, x, use_reentrant=False)):
+            torch.manual_seed(0)
+            (gradient,) = torch.autograd.grad(sum(x.sum() for x in run(image).values()), image)
+            gradients.append(gradient)
+        torch.testing.assert_close(*gradients)
+
+    def test_the_backbone_compiles_in_one_graph(self):
+        backbone = self.model().backbone.eval()
+        compiled = torch.compile(backbone, backend="eager", fullgraph=True)
+        image = torch.rand(1, 3, 64, 96)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image), backbone(image))
+
+    def test_pointrends_heads_are_balanced_in_two_lines(self):
+        from detectron2.projects.point_rend.roi_heads import PointRendROIHeads
+
+        class BalancedPointRendROIHeads(BalancedSampling, PointRendROIHeads):
+            """Both."""
+
+        model = self.model()
+        cfg = small_config(LIBRA)
+        heads = BalancedPointRendROIHeads(cfg, model.backbone.output_shape())
+        assert isinstance(heads.proposal_matcher.negative_sampler, IouBalancedSampler)
+        assert heads.box_predictor.box_loss == BalancedL1()
+        model.roi_heads = heads
+        assert all(loss.isfinite() for loss in self.losses(model).values())
 
 
 class TestOutputLayers:
