@@ -1,5 +1,6 @@
 """What the docs say of switches is so: their names, and the examples, which are run."""
 
+import importlib
 import re
 
 from detectron2.modeling import build_model
@@ -24,9 +25,11 @@ def test_the_table_has_all_names():
         assert names == own, name
 
 
-def test_the_examples_train():
-    for example in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL):
-        exec(example, {"__name__": "docs_extending"})
+def test_the_examples_train(tmp_path, monkeypatch):
+    examples = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    (tmp_path / "my_parts.py").write_text("\n".join(examples))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_parts")  # stays, as its classes stay in the registries
     opts = ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "nearest", "MODEL.RPN.NEGATIVE_SAMPLER", "nearest"]
     opts += ["MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "huber"]
     opts += ["MODEL.ROI_HEADS.NAME", "MyBalancedROIHeads"]
