@@ -12,7 +12,7 @@ from torch import nn
 from toys import BASELINE, LIBRA, PLAIN, RETINANET, small_config, toy_config
 
 from libra_d2.checkpoint import write_weights
-from libra_d2.engine.trainer import WeightsCheckpointer
+from libra_d2.engine.weights import WeightsCheckpointer
 from libra_d2.layers import BalancedFeaturePyramid
 from libra_d2.modeling import BalancedPyramid
 

@@ -3,13 +3,12 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from toys import CONFIGS, TOY, make_inputs
+from toys import CONFIGS, TOY, make_inputs, run_tool
 
 from libra_d2.checkpoint import convert_mmdet_state_dict, read_weights, write_weights
 from libra_d2.engine import load_config
@@ -280,8 +279,7 @@ class TestFiles:
 
 
 def convert(*args):
-    command = [sys.executable, str(TOOLS / "convert_mmdet.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_tool("convert_mmdet.py", *args)
 
 
 class TestTool:

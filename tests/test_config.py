@@ -122,9 +122,9 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         ),
         (
             ["MODEL.META_ARCHITECTURE", "LibraRetinaNet"],
-            "needs MODEL.META_ARCHITECTURE of a two-stage detector, such as GeneralizedRCNN",
+            "needs .* of a two-stage detector, got LibraRetinaNet",
         ),
-        (["MODEL.ROI_HEADS.NAME", "LibraCascadeROIHeads"], "needs .*CLS_AGNOSTIC_BBOX_REG True"),
+        (["MODEL.ROI_HEADS.NAME", "LibraCascadeROIHeads"], "CLS_AGNOSTIC_BBOX_REG must be True"),
         ([*CASCADE, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.6]], "must be the first of .*CASCADE"),
         ([*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.4)], "IOUS must be ascending"),
         (
@@ -176,7 +176,7 @@ DETECTRON2S = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
             ["MODEL.RETINANET.BBOX_REG_WEIGHTS", (1.0, 1.0)],
             "BBOX_REG_WEIGHTS must be four positive",
         ),
-        (["MODEL.MASK_ON", True], "MODEL.MASK_ON True needs .* two-stage detector"),
+        (["MODEL.MASK_ON", True], "MODEL.MASK_ON must be False for a one-stage"),
         (["MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB", 10**20], "must be -1"),
         (
             [
@@ -195,7 +195,7 @@ DETECTRON2S = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
         (["MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB", 0], r"must be -1 \(no bound\)"),
         (
             ["MODEL.RETINANET.PRIOR_PROB", 0.0],
-            r"PRIOR_PROB must be in \[1e-09, ",
+            r"PRIOR_PROB must be in \[1e-09, 1\)",
         ),
         (["MODEL.RETINANET.FOCAL_LOSS_ALPHA", 1.5], r"FOCAL_LOSS_ALPHA must be in \[0, 1\]"),
         (["MODEL.RETINANET.FOCAL_LOSS_GAMMA", -1.0], "FOCAL_LOSS_GAMMA must not be negative"),

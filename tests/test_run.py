@@ -299,7 +299,7 @@ class TestBadInput:
             (("MODEL.META_ARCHITECTURE", "LibraRCNN"), "META_ARCHITECTURE 'LibraRCNN' does not"),
             (("MODEL.WEIGHTS", __file__), "is not a checkpoint of a torch model"),
             (("MODEL.FPN.NORM", "XX"), "no model can be built from this config: KeyError: 'XX'"),
-            (("MODEL.KEYPOINT_ON", True), "lacks 'keypoints' in number 0 of its annotations"),
+            (("MODEL.KEYPOINT_ON", True), "annotation 1 has no keypoints"),
             (("MODEL.ROI_HEADS.NUM_CLASSES", 9), "NUM_CLASSES is 9 but data set 'tiny' has 10"),
             (("MODEL.BFP.REFINE_LEVEL", 7), r"REFINE_LEVEL must be in \[0, 4\]"),
             (("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "iou_blanced"), "did you mean 'iou_balanced'"),
@@ -316,14 +316,17 @@ class TestBadInput:
         ("content", "match"),
         [
             ("{", "is not valid json"),
-            ("[]", "is not COCO json"),
-            ('{"images": []}', "is not COCO json"),
-            ('{"images": [], "categories": []}', "the lists images, categories, annotations"),
-            (coco(annotations=[]), "has no images, no categories or no annotations"),
-            (coco(images=[{"id": 1}]), "lacks 'file_name' in number 0 of its images"),
+            ("[]", "is not COCO json: Expected `object`"),
+            ('{"images": []}', r"Expected `array` of length >= 1 - at `\$.images`"),
+            (coco(categories=[]), r"Expected `array` of length >= 1 - at `\$.categories`"),
+            (coco(annotations=[]), "has no annotations"),
+            (coco(images=[{"id": 1, "height": 9, "width": 9}]), "has no file_name of 1"),
             (coco(annotations=[{**ANNOTATION, "image_id": 9}]), "unknown image_id 9"),
             (coco(annotations=[{**ANNOTATION, "category_id": 9}]), "unknown category_id 9"),
-            (coco(annotations=[{**ANNOTATION, "bbox": [1, 2, 3]}]), "bbox is not four numbers"),
+            (
+                coco(annotations=[{**ANNOTATION, "bbox": [1, 2, 3]}]),
+                r"4 - at `\$.annotations\[0\].b",
+            ),
             (coco(annotations=[ANNOTATION, ANNOTATION]), "two annotations of the same id"),
         ],
     )
@@ -343,17 +346,17 @@ class TestBadInput:
         [
             (None, "PROPOSAL_FILES_TRAIN '.*proposals.pkl' does not exist"),
             (b"nonsense", "is not a pickle"),
-            (pickle.dumps([1, 2]), "is not a dict of ids, boxes and objectness_logits"),
-            (pickle.dumps({"ids": [1], "boxes": []}), "lacks 'objectness_logits'"),
+            (pickle.dumps([1, 2]), "is not a dict of the lists ids, boxes, objectness_logits"),
+            (pickle.dumps({"ids": [1], "boxes": []}), "is not a dict of the lists ids, boxes, obj"),
             (
                 pickle.dumps({"ids": [1, 2], "boxes": [], "objectness_logits": []}),
-                "has 2 ids, 0 boxes and 0 objectness_logits",
+                "has 2 and 0 and 0 ids, boxes, objectness_logits",
             ),
             (
                 pickle.dumps(
                     {"ids": [1], "boxes": [np.zeros((3, 4))], "objectness_logits": [np.zeros(2)]}
                 ),
-                r"boxes of shape \(3, 4\) and objectness_logits of shape \(2,\) for image 1",
+                r"for image 1, boxes of \(3, 4\) and objectness_logits of \(2,\)",
             ),
             (
                 pickle.dumps(
@@ -369,15 +372,15 @@ class TestBadInput:
                         "objectness_logits": [np.ones(1)],
                     }
                 ),
-                "has boxes that are not finite for image 1",
+                "for image 1, boxes of no finite numbers",
             ),
             (
                 pickle.dumps({"ids": [1], "boxes": [[[0, 0, 1, 1]]], "objectness_logits": [[1]]}),
-                "has boxes that are no array of numbers for image 1",
+                "for image 1, boxes of no finite numbers",
             ),
             (
                 pickle.dumps({"ids": 3, "boxes": [], "objectness_logits": []}),
-                "must have lists of ids, boxes and objectness_logits",
+                "is not a dict of the lists ids, boxes, objectness_logits",
             ),
             (pickle.dumps(os.system), r"holds posix.system, not only lists and numpy arrays"),
         ],
@@ -397,7 +400,7 @@ class TestBadInput:
             (("DATASETS.PROPOSAL_FILES_TRAIN", ()), "a file for each of the 1 data sets"),
             (
                 ("DATASETS.PROPOSAL_FILES_TRAIN", (1,)),
-                "PROPOSAL_FILES_TRAIN must name files, got 1",
+                "PROPOSAL_FILES_TRAIN must name a file for each",
             ),
             (("MODEL.LOAD_PROPOSALS", False), "PrecomputedProposals needs MODEL.LOAD_PROPOSALS"),
         ],
@@ -413,7 +416,7 @@ class TestBadInput:
         try:
             opts = ("MODEL.MASK_ON", True, "DATASETS.TRAIN", ("maskless",))
             argv = command(LIBRA, tmp_path / "out", *opts)
-            fails(capsys, argv, "has annotation 1 whose segmentation is empty")
+            fails(capsys, argv, "annotation 1 has no segmentation")
         finally:
             DatasetCatalog.remove("maskless")
             MetadataCatalog.remove("maskless")

@@ -2,27 +2,17 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import cv2
 import pytest
 import torch
-from toys import CONFIGS
+from toys import CONFIGS, run_tool
 
 from libra_d2.checkpoint import read_weights
 
-TOOLS = CONFIGS.parent / "tools"
-
-
-def run(tool, *args):
-    return subprocess.run(
-        [sys.executable, str(TOOLS / tool), *map(str, args)], capture_output=True, text=True
-    )
-
 
 def fails(tool, args, match):
-    result = run(tool, *args)
+    result = run_tool(tool, *args)
     message = result.stderr.strip().splitlines()
     assert result.returncode == 2, result.stderr
     assert match in message[-1] and "Traceback" not in result.stderr, result.stderr
@@ -36,7 +26,7 @@ class TestAnalyse:
         ]
         records.append({"iteration": 60, "bbox/AP": 12.0})
         (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, records)))
-        result = run("analyse.py", tmp_path / "metrics.json", tmp_path / "plots" / "out.png")
+        result = run_tool("analyse.py", tmp_path / "metrics.json", tmp_path / "plots" / "out.png")
         assert result.returncode == 0, result.stderr
         assert cv2.imread(str(tmp_path / "plots" / "out.png")).shape[1] > 1000
 
@@ -89,7 +79,7 @@ class TestExport:
         (tmp_path / "config.yaml").write_text((CONFIGS / "Base-RCNN-FPN.yaml").read_text())
         (tmp_path / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 12.5, "x": 1}\n')
         out = tmp_path / f"out{suffix}"
-        result = run("export_weights.py", tmp_path / "in.pth", out)
+        result = run_tool("export_weights.py", tmp_path / "in.pth", out)
         assert result.returncode == 0, result.stderr
         content = read_weights(str(out))
         torch.testing.assert_close(content["model"], model)

@@ -1,6 +1,10 @@
 """Shipped configs at a size that trains in a second, and images to go with them."""
 
+import contextlib
+import importlib.util
+import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from detectron2.modeling import build_model
@@ -124,3 +128,17 @@ def make_inputs(num_objects=(3, 0, 1), size=(96, 128), masks=False) -> list[dict
         image = torch.rand(3, height, width, generator=generator) * 255
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
     return inputs
+
+
+def run_tool(name: str, *args) -> SimpleNamespace:
+    """Runs a program of tools/ in this process: ``returncode``, ``stdout`` and ``stderr``."""
+    spec = importlib.util.spec_from_file_location(name[:-3], CONFIGS.parent / "tools" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            module.main([str(arg) for arg in args])
+        except SystemExit as exit_:
+            code = exit_.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())

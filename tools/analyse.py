@@ -68,13 +68,13 @@ def draw(records: list[dict], output: Path) -> None:
         plt.close(figure)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("metrics", type=Path, help="metrics.json of a run")
     parser.add_argument("output", type=Path, help="the plot, .png, .pdf or .svg")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.output.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"output must end in .png, .pdf or .svg, got '{args.output}'")

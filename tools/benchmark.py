@@ -365,13 +365,13 @@ BENCHMARKS = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none")
     parser.add_argument("--repeats", type=int, default=15, help="the median is over so many")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = [name for name in args.what if name not in BENCHMARKS]
     if unknown or args.repeats < 1:
         parser.error(

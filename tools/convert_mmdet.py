@@ -160,9 +160,9 @@ def check_fit(state: dict[str, Tensor], cfg: CfgNode) -> None:
         raise ValueError(f"the weights do not fit the config's model: {'; '.join(parts)}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with one_sentence_errors(parser.prog):
         stem = Path(args.output).with_suffix("")
         sides = {"config": f"{stem}.yaml", "classes": f"{stem}.classes.json"}

@@ -75,9 +75,9 @@ def read_metrics(given: str | None, beside: Path) -> dict[str, float]:
     return found[-1] if found else {}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with one_sentence_errors(parser.prog):
         side = f"{Path(args.output).with_suffix('')}.json"
         check_output(args.output, args.overwrite)

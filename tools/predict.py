@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from libra_d2.engine import check_run, load_config
 from libra_d2.engine.run import one_sentence_errors
-from libra_d2.engine.trainer import WeightsCheckpointer
+from libra_d2.engine.weights import WeightsCheckpointer
 
 GAP = 6  # pixels between the tiles of the sheet
 
@@ -124,9 +124,9 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with one_sentence_errors(parser.prog):
         cfg = prepare(args)
         records = read_records(args)

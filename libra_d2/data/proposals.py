@@ -1,15 +1,17 @@
 """Checks of precomputed proposals (``MODEL.LOAD_PROPOSALS``) before a run."""
 
-import os
 import pickle
 from urllib.parse import urlparse
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from .checks import MAX_BYTES, read_json
+from libra_d2.config import get_key
+
+from .coco_json import read_coco
 
 __all__ = ["check_proposals"]
 
@@ -36,42 +38,46 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check_proposals(dataset: str, file: str, key: str) -> None:
-    """Checks that a file of proposals is there and has those of every image of a data set.
+def check_proposals(cfg: CfgNode, split: str) -> None:
+    """Checks that files of proposals are there and have those of every image of their data sets.
 
     Addresses are left to detectron2. A file is unpickled whatever its size: detectron2 will do so
     without looking at what it would run.
 
     Args:
-        dataset: a registered data set.
-        file: a pickle of a dict with "ids", "boxes" and "objectness_logits".
-        key: the config key that names the file.
+        cfg: the run's config.
+        split: of which data sets, "TRAIN" or "TEST".
 
     Raises:
         ValueError: naming what is wrong and what would be right.
     """
-    if not isinstance(file, str):
-        raise ValueError(f"{key} must name files, got {file}")
-    if urlparse(file).scheme:
+    loads, name = cfg.MODEL.LOAD_PROPOSALS, cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if loads != (name == "PrecomputedProposals"):
+        raise ValueError(
+            "MODEL.PROPOSAL_GENERATOR.NAME PrecomputedProposals needs MODEL.LOAD_PROPOSALS True "
+            f"and the reverse, got {name} and {loads}"
+        )
+    if not loads:
         return
-    if not PathManager.isfile(file):
-        raise ValueError(f"{key} '{file}' does not exist or is not a file")
-    try:
-        ids = _read_ids(file)
-    except ValueError as error:
-        raise ValueError(f"{key} '{file}' {error}") from None
-    annotations = MetadataCatalog.get(dataset).get("json_file")
-    if annotations and os.path.getsize(annotations) <= MAX_BYTES:
-        images = {str(image["id"]) for image in read_json(annotations)["images"]}
-        if images - ids:
-            raise ValueError(
-                f"{key} '{file}' has no proposals for {len(images - ids)} of the {len(images)} "
-                f"images of data set '{dataset}', among them {min(images - ids)}"
-            )
+    datasets, key = cfg.DATASETS[split], f"DATASETS.PROPOSAL_FILES_{split}"
+    files = get_key(cfg, key)
+    if len(files) != len(datasets) or not all(isinstance(file, str) for file in files):
+        raise ValueError(
+            f"{key} must name a file for each of the {len(datasets)} data sets of "
+            f"DATASETS.{split}, got {files}"
+        )
+    for dataset, file in zip(datasets, files, strict=True):
+        if urlparse(file).scheme:
+            continue
+        if not PathManager.isfile(file):
+            raise ValueError(f"{key} '{file}' does not exist or is not a file")
+        try:
+            _check_file(file, dataset)
+        except ValueError as error:
+            raise ValueError(f"{key} '{file}' {error}") from None
 
 
-def _read_ids(file: str) -> set[str]:
-    """The ids of the images that a file has proposals for."""
+def _check_file(file: str, dataset: str) -> None:
     try:
         with open(file, "rb") as stream:
             content = _Unpickler(stream, encoding="latin1").load()
@@ -79,37 +85,37 @@ def _read_ids(file: str) -> set[str]:
         raise
     except Exception as error:
         raise ValueError("is not a pickle") from error
-    if not isinstance(content, dict):
-        raise ValueError("is not a dict of ids, boxes and objectness_logits")
-    content = {_OLD_NAMES.get(name, name): value for name, value in content.items()}
-    for name in ("ids", "boxes", "objectness_logits"):
-        if name not in content:
-            raise ValueError(f"lacks '{name}'")
+    names = ("ids", "boxes", "objectness_logits")
+    if isinstance(content, dict):
+        content = {_OLD_NAMES.get(name, name): value for name, value in content.items()}
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), (list, np.ndarray)) for name in names
+    ):
+        raise ValueError(f"is not a dict of the lists {', '.join(names)}")
     mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
     if mode not in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS):
         raise ValueError(f"has bbox_mode {mode}; it must be XYXY_ABS or XYWH_ABS")
-    ids, boxes, logits = (content[name] for name in ("ids", "boxes", "objectness_logits"))
-    if not all(isinstance(part, (list, np.ndarray)) for part in (ids, boxes, logits)):
-        raise ValueError("must have lists of ids, boxes and objectness_logits")
-    if not len(ids) == len(boxes) == len(logits):
-        raise ValueError(
-            f"has {len(ids)} ids, {len(boxes)} boxes and {len(logits)} objectness_logits; they "
-            "must be as many"
-        )
-    for image, own_boxes, own_logits in zip(ids, boxes, logits, strict=True):
-        _check_image(image, own_boxes, own_logits)
-    return {str(image) for image in ids}
+    parts = [content[name] for name in names]
+    if len({len(part) for part in parts}) > 1:
+        raise ValueError(f"has {' and '.join(str(len(p)) for p in parts)} {', '.join(names)}")
+    for image, boxes, logits in zip(*parts, strict=True):
+        shapes = [x.shape if _is_finite(x) else "no finite numbers" for x in (boxes, logits)]
+        if shapes != [(len(logits), 4), (len(logits),)]:
+            raise ValueError(
+                f"has, for image {image}, boxes of {shapes[0]} and objectness_logits of "
+                f"{shapes[1]}; they must be arrays of (N, 4) and (N,)"
+            )
+    annotations = MetadataCatalog.get(dataset).get("json_file")
+    if annotations:
+        images = {str(image.id) for image in read_coco(annotations).images}
+        lacking = images - {str(image) for image in content["ids"]}
+        if lacking:
+            raise ValueError(
+                f"has no proposals for {len(lacking)} of the {len(images)} images of data set "
+                f"'{dataset}', among them {min(lacking)}"
+            )
 
 
-def _check_image(image, boxes, logits) -> None:
-    """Checks that one image's boxes are (N, 4) and its logits (N,), finite numbers in arrays."""
-    for name, value in (("boxes", boxes), ("objectness_logits", logits)):
-        if not (isinstance(value, np.ndarray) and value.dtype.kind in "fiu"):
-            raise ValueError(f"has {name} that are no array of numbers for image {image}")
-        if not np.isfinite(value).all():
-            raise ValueError(f"has {name} that are not finite for image {image}")
-    if logits.ndim != 1 or boxes.shape != (len(logits), 4):
-        raise ValueError(
-            f"has boxes of shape {boxes.shape} and objectness_logits of shape {logits.shape} for "
-            f"image {image}; they must be (N, 4) and (N,)"
-        )
+def _is_finite(values) -> bool:
+    is_array = isinstance(values, np.ndarray) and values.dtype.kind in "fiu"
+    return is_array and bool(np.isfinite(values).all())

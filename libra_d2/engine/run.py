@@ -18,10 +18,12 @@ from detectron2.utils.logger import setup_logger
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
 from libra_d2.quiet import silence_known_warnings
 
-from .checks import check_run, remove_run
+from .checks import check_run
 from .config_file import load_config
 from .launch import check_processes, count_processes, is_main_process, launch
-from .trainer import LibraTrainer, WeightsCheckpointer
+from .output_dir import remove_run
+from .trainer import LibraTrainer
+from .weights import WeightsCheckpointer
 
 __all__ = ["main", "make_parser", "one_sentence_errors"]
 

@@ -5,7 +5,6 @@ import os
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import (
     AMPTrainer,
@@ -24,20 +23,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from libra_d2.checkpoint import read_weights
-
 from .evaluators import choose_evaluator
+from .weights import WeightsCheckpointer
 
-__all__ = ["LibraTrainer", "WeightsCheckpointer"]
-
-
-class WeightsCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, which reads ``.safetensors`` too."""
-
-    def _load_file(self, filename: str) -> dict:
-        if filename.endswith(".safetensors"):
-            return {"model": read_weights(filename)["model"]}
-        return super()._load_file(filename)
+__all__ = ["LibraTrainer"]
 
 
 class LibraTrainer(DefaultTrainer):

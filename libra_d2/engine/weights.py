@@ -1,0 +1,50 @@
+"""Files of weights: read by detectron2's checkpointer, and checked before a run."""
+
+from urllib.parse import urlparse
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from libra_d2.checkpoint import read_weights
+
+__all__ = ["WeightsCheckpointer", "check_weights"]
+
+
+class WeightsCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, which reads ``.safetensors`` too."""
+
+    def _load_file(self, filename: str) -> dict:
+        if filename.endswith(".safetensors"):
+            return {"model": read_weights(filename)["model"]}
+        return super()._load_file(filename)
+
+
+def check_weights(weights: str, model: nn.Module, name: str) -> None:
+    """Checks that a file of weights is there, can be read, and has something for the model.
+
+    Args:
+        weights: its path; nothing and addresses are left to detectron2.
+        model: what they are for.
+        name: what to call the file: a config key.
+
+    Raises:
+        ValueError: if it is not so.
+    """
+    url = urlparse(weights)
+    if not weights or url.scheme:
+        return
+    if not PathManager.isfile(url.path):
+        raise ValueError(f"{name} '{weights}' does not exist or is not a file")
+    if url.path.endswith(".pkl") or "matching_heuristics" in url.query:
+        return  # detectron2 matches its names
+    try:
+        checkpoint = read_weights(url.path)
+        state = checkpoint.get("model", checkpoint)
+        shapes = {key: value.shape for key, value in state.items() if hasattr(value, "shape")}
+    except Exception as error:
+        raise ValueError(f"{name} '{weights}' is not a checkpoint of a torch model") from error
+    own = model.state_dict()
+    fits = any(shapes.get(key) == value.shape for key, value in own.items())
+    if not fits and not checkpoint.get("matching_heuristics"):
+        raise ValueError(f"{name} '{weights}' has no weights for this model: no name and shape fit")
