@@ -6,9 +6,20 @@ from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
 
-__all__ = ["add_libra_config", "choose", "get_key", "settle", "suggest"]
+__all__ = [
+    "NUM_CLASSES",
+    "add_libra_config",
+    "choose",
+    "get_key",
+    "set_key",
+    "settle",
+    "suggest",
+]
 
 T = TypeVar("T")
+
+# Those of two-stage and of one-stage detectors.
+NUM_CLASSES = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
 
 
 def add_libra_config(cfg: CfgNode) -> None:
@@ -147,12 +158,21 @@ def _add_retinanet(cfg: CfgNode) -> None:
 
 
 def _add_training(cfg: CfgNode) -> None:
-    """Optimizer, and a ResNet small enough for a CPU: BACKBONE.NAME build_small_resnet_..."""
+    """Optimizer, epochs and classes; a ResNet small enough for a CPU, build_small_resnet_..."""
     cfg.MODEL.SMALL_RESNET = CfgNode()
     # Output channels of the stages res2 .. res5, each of one basic block.
     cfg.MODEL.SMALL_RESNET.OUT_CHANNELS = [32, 64, 96, 128]
     # "SGD" or "AdamW" (BASE_LR and WEIGHT_DECAY are read by both).
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # The same in epochs as MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD in
+    # iterations, which they settle by the number of training images; 0 where those count.
+    cfg.SOLVER.MAX_EPOCHS = 0.0
+    cfg.SOLVER.STEP_EPOCHS = ()
+    cfg.SOLVER.WARMUP_EPOCHS = 0.0
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
+    cfg.TEST.EVAL_EPOCHS = 0.0
+    # Names of the model's classes, in its order; empty for those of the training data.
+    cfg.DATASETS.CLASS_NAMES = []
 
 
 def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> T | str:
@@ -187,6 +207,14 @@ def get_key(cfg: CfgNode, key: str) -> Any:
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
+
+
+def set_key(cfg: CfgNode, key: str, value: Any) -> None:
+    """Gives a dotted key a value."""
+    *groups, name = key.split(".")
+    for group in groups:
+        cfg = cfg[group]
+    cfg[name] = value
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

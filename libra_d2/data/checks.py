@@ -1,6 +1,7 @@
 """Checks of data sets before a run: what would make it fail later is one clear sentence now."""
 
 import os
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -9,19 +10,26 @@ from libra_d2.config import suggest
 
 from .coco_json import need, read_coco
 from .digits import SPLITS
+from .problems import find_box_problems, find_image_problems, raise_fatal
+from .sources import FORMS
 
 __all__ = ["check_dataset"]
 
 
 def check_dataset(
-    name: str, *, for_training: bool, num_classes: int, num_classes_key: str, fields: tuple = ()
+    name: str,
+    *,
+    for_training: bool,
+    num_classes: int | None,
+    num_classes_key: str,
+    fields: tuple = (),
 ) -> None:
     """Checks that a data set is registered, there, and fits the model; draws an embedded one.
 
     Args:
         name: the data set.
         for_training: whether it is trained on, and so has to have annotations.
-        num_classes: of the model.
+        num_classes: of the model; None if that does not matter.
         num_classes_key: the config key of this number.
         fields: further fields that annotations for training must have, such as "segmentation".
 
@@ -31,7 +39,7 @@ def check_dataset(
     if name not in DatasetCatalog.list():
         raise ValueError(
             f"data set '{name}' is not registered{suggest(str(name), DatasetCatalog.list())}; "
-            "register your own with detectron2.data.datasets.register_coco_instances"
+            f"name your own in place: {'; '.join(FORMS.values())}"
         )
     metadata = MetadataCatalog.get(name)
     try:
@@ -50,10 +58,10 @@ def check_dataset(
         raise ValueError(f"data set '{name}' cannot be read: {error}") from error
     except ValueError as error:
         raise ValueError(f"data set '{name}': {error}") from None
-    if classes and num_classes < len(classes):
+    if classes and num_classes not in (None, len(classes)):
         raise ValueError(
             f"{num_classes_key} is {num_classes} but data set '{name}' has {len(classes)} "
-            "categories; it must be at least that"
+            "classes; leave it out and it is what the data has"
         )
 
 
@@ -70,6 +78,10 @@ def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
         if for_training and not coco.annotations:
             raise ValueError("has no annotations")
         need(coco.annotations or [], needed)
+        problems = find_box_problems(coco)
+        if not is_lvis:
+            problems += find_image_problems(coco, Path(metadata.image_root))
+        raise_fatal(problems)
     except ValueError as error:
         raise ValueError(f"{metadata.json_file} {error}") from None
     return coco.categories

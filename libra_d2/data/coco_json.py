@@ -1,17 +1,17 @@
-"""What a COCO annotation file has to hold, and reading one with an error a user can act on."""
+"""COCO annotations: what a file of them has to hold, and reading it with an error to act on."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
-__all__ = ["Annotation", "Category", "Coco", "Image", "read_coco"]
+__all__ = ["Annotation", "Category", "Coco", "Image", "need", "read_coco"]
 
 Length = Annotated[int, msgspec.Meta(gt=0)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class Image(msgspec.Struct, kw_only=True):
+class Image(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One image; height and width in pixels."""
 
     id: int | str
@@ -28,7 +28,7 @@ class Category(msgspec.Struct, kw_only=True):
     name: Name
 
 
-class Annotation(msgspec.Struct, kw_only=True):
+class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One object; its box is x, y, width and height in pixels."""
 
     id: int
@@ -41,12 +41,16 @@ class Annotation(msgspec.Struct, kw_only=True):
     keypoints: list[float] | None = None
 
 
-class Coco(msgspec.Struct, kw_only=True):
-    """An annotation file."""
+class Coco(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The content of an annotation file."""
 
     images: Annotated[list[Image], msgspec.Meta(min_length=1)]
     categories: Annotated[list[Category], msgspec.Meta(min_length=1)]
     annotations: list[Annotation] | None = None
+
+    def class_names(self) -> list[str]:
+        """By category id, as detectron2 counts classes."""
+        return [c.name for c in sorted(self.categories, key=lambda c: c.id)]
 
 
 def read_coco(path: str) -> Coco:
@@ -63,11 +67,13 @@ def read_coco(path: str) -> Coco:
         raise ValueError(f"is not valid json: {error}") from None
     images, categories = (_ids(coco, kind) for kind in ("images", "categories"))
     _ids(coco, "annotations")
+    if len({c.name for c in coco.categories}) < len(coco.categories):
+        raise ValueError("has two categories of the same name")
     for annotation in coco.annotations or ():
-        if annotation.image_id not in images:
-            raise ValueError(f"{_the(annotation)} the unknown image_id {annotation.image_id!r}")
-        if annotation.category_id not in categories:
-            raise ValueError(f"{_the(annotation)} the unknown category_id {annotation.category_id}")
+        for key, known in (("image_id", images), ("category_id", categories)):
+            value = getattr(annotation, key)
+            if value not in known:
+                raise ValueError(f"has annotation {annotation.id} of the unknown {key} {value!r}")
     return coco
 
 
@@ -76,11 +82,7 @@ def need(annotations: list[Annotation], fields: tuple[str, ...]) -> None:
     for annotation in annotations:
         for field in fields:
             if getattr(annotation, field) in (None, [], {}):
-                raise ValueError(f"{_the(annotation)} no {field}")
-
-
-def _the(annotation: Annotation) -> str:
-    return f"is not as it must be: annotation {annotation.id} has"
+                raise ValueError(f"has annotation {annotation.id} without {field}")
 
 
 def _ids(coco: Coco, kind: str) -> set:

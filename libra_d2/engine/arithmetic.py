@@ -1,12 +1,15 @@
 """Reads the arithmetic that detectron2's zoo has in its yaml files, without running code."""
 
 import ast
+import contextlib
 import io
 import operator
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
+
+from libra_d2.config import get_key
 
 __all__ = ["ZooConfig", "evaluate", "read_yaml"]
 
@@ -83,13 +86,34 @@ def _construct(loader: _Loader, node: yaml.SequenceNode) -> Any:
 _Loader.add_constructor(TAG, _construct)
 
 
+def _make_floats(cfg: CfgNode, defaults: CfgNode) -> None:
+    for key, value in cfg.items():
+        default = defaults.get(key)
+        if isinstance(value, CfgNode) and isinstance(default, CfgNode):
+            _make_floats(value, default)
+        elif type(value) is int and isinstance(default, float):
+            cfg[key] = float(value)
+
+
 def read_yaml(text: str) -> Any:
     """The content of safe yaml that may have the zoo's arithmetic."""
     return yaml.load(text, _Loader)
 
 
 class ZooConfig(CfgNode):
-    """A config that reads the zoo's files too."""
+    """A config that reads the zoo's files too, and a whole number where a float is wanted."""
+
+    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        _make_floats(cfg_other, self)
+        super().merge_from_other_cfg(cfg_other)
+
+    def merge_from_list(self, cfg_list: list[str]) -> None:
+        pairs = list(zip(cfg_list[::2], cfg_list[1::2], strict=True))
+        for i, (key, value) in enumerate(pairs):
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                if isinstance(get_key(self, key), float):
+                    pairs[i] = key, float(int(value))
+        super().merge_from_list([part for pair in pairs for part in pair])
 
     @classmethod
     def _open_cfg(cls, filename: str):

@@ -1,6 +1,5 @@
 """Checks before a run: whatever would make it fail later is one clear sentence now."""
 
-import math
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -129,7 +128,7 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
     key = "RETINANET" if "RetinaNet" in cfg.MODEL.META_ARCHITECTURE else "ROI_HEADS"
     is_agnostic = cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork"
     classes = {
-        "num_classes": math.inf if is_agnostic else cfg.MODEL[key].NUM_CLASSES,
+        "num_classes": None if is_agnostic else cfg.MODEL[key].NUM_CLASSES,
         "num_classes_key": f"MODEL.{key}.NUM_CLASSES",
     }
     fields = ("segmentation",) * cfg.MODEL.MASK_ON + ("keypoints",) * cfg.MODEL.KEYPOINT_ON

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from libra_d2.config import add_libra_config, get_key, suggest
+from libra_d2.config import NUM_CLASSES, add_libra_config, get_key, set_key, suggest
 
 from .arithmetic import ZooConfig, read_yaml
 from .config_checks import check_config
@@ -23,7 +23,12 @@ __all__ = ["config_files", "load_config"]
 AUTO = "auto"
 
 
-def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str,
+    opts: Sequence[str] = (),
+    *,
+    settle: Callable[[CfgNode], None] = lambda cfg: None,
+) -> CfgNode:
     """Reads, checks and freezes a config.
 
     ``MODEL.DEVICE`` is "cuda" where there is a GPU and "cpu" elsewhere, unless it is given.
@@ -31,6 +36,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     Args:
         config_file: path of a yaml file, which may name a ``_BASE_``.
         opts: overrides, KEY VALUE KEY VALUE ...
+        settle: changes the config before it is checked, in which numbers of classes that are not
+            given are None: :func:`~libra_d2.engine.own_data.take_from_data`.
 
     Raises:
         ValueError: one sentence that names the file or key and what would be right.
@@ -38,12 +45,15 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_libra_config(cfg)
     cfg.MODEL.DEVICE = AUTO
+    num_classes = {key: get_key(cfg, key) for key in NUM_CLASSES}
     cfg = ZooConfig(cfg)
     if not PathManager.isfile(config_file):
         path = Path(config_file)
         others = [str(file) for file in path.parent.glob("*.yaml")]
         raise ValueError(f"config file '{config_file}' does not exist{suggest(str(path), others)}")
     defaults = cfg.clone()
+    for key in NUM_CLASSES:
+        set_key(cfg, key, None)
     with _one_sentence(cfg, f"config file '{config_file}'"):
         # Unsafe yaml, which detectron2 would allow, runs any code that a file names.
         cfg.merge_from_file(config_file, allow_unsafe=False)
@@ -53,9 +63,16 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     with _one_sentence(cfg, "override"):
         cfg.merge_from_list(opts)
     for key, default in _values(defaults):
-        if default is not None and get_key(cfg, key) is None:
+        value = get_key(cfg, key)
+        if default is not None and value is None and key not in NUM_CLASSES:
             raise ValueError(f"{key} must be {_article(default)}, got None")
+        if key in NUM_CLASSES and not isinstance(value, (int, type(None))):
+            raise ValueError(f"{key} must be {_article(default)}, got {value}")
     cfg = CfgNode(cfg)
+    settle(cfg)
+    for key in NUM_CLASSES:
+        if get_key(cfg, key) is None:
+            set_key(cfg, key, num_classes[key])
     check_config(cfg)
     _settle_device(cfg)
     cfg.freeze()

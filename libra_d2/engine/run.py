@@ -16,12 +16,14 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
+from libra_d2.data.sources import FORMS
 from libra_d2.quiet import silence_known_warnings
 
 from .checks import check_run
 from .config_file import load_config
 from .launch import check_processes, count_processes, is_main_process, launch
 from .output_dir import remove_run
+from .own_data import register_data, take_from_data
 from .trainer import LibraTrainer
 from .weights import WeightsCheckpointer
 
@@ -50,6 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a training run that OUTPUT_DIR holds"
     )
+    what = "a data set: a registered name, " + ", ".join(FORMS.values()) + "; may be repeated"
+    for name, group in (("--train", "DATASETS.TRAIN"), ("--val", "DATASETS.TEST")):
+        parser.add_argument(name, action="append", metavar="DATA", help=f"{group}: {what}")
+    parser.add_argument("--output", metavar="FOLDER", help="OUTPUT_DIR: where the run is kept")
     return parser
 
 
@@ -66,8 +72,12 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("give a config with --config-file")
         num_processes = count_processes(args)
         # First, so that a device given on the command line counts.
-        device = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
-        cfg = load_config(args.config_file, [*device, *args.opts])
+        opts = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
+        for key, value in (("DATASETS.TRAIN", args.train), ("DATASETS.TEST", args.val)):
+            opts += [key, str(tuple(value))] if value else []
+        opts += ["OUTPUT_DIR", args.output] if args.output else []
+        settle = partial(take_from_data, eval_only=args.eval_only)
+        cfg = load_config(args.config_file, [*opts, *args.opts], settle=settle)
         check_processes(args, cfg.MODEL.DEVICE)
         if is_main_process():
             check_run(
@@ -100,6 +110,7 @@ def one_sentence_errors(program: str) -> Iterator[None]:
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process's part."""
     silence_known_warnings()
+    register_data(cfg)
     _setup(cfg, args)
     if args.eval_only:
         model = LibraTrainer.build_model(cfg)

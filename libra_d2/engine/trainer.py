@@ -20,6 +20,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -27,6 +28,18 @@ from .evaluators import choose_evaluator
 from .weights import WeightsCheckpointer
 
 __all__ = ["LibraTrainer"]
+
+
+class _EpochLogger(logging.LoggerAdapter):
+    """Puts the epoch of a trainer before what is logged."""
+
+    def process(self, msg: str, kwargs: dict) -> tuple[str, dict]:
+        trainer = self.extra["trainer"]
+        epochs = trainer.cfg.SOLVER.MAX_EPOCHS
+        return (
+            f" epoch: {epochs * (trainer.iter + 1) / trainer.max_iter:.2f}/{epochs:g} {msg}",
+            kwargs,
+        )
 
 
 class LibraTrainer(DefaultTrainer):
@@ -50,7 +63,10 @@ class LibraTrainer(DefaultTrainer):
         self._trainer = make_trainer(self.distribute_model(cfg, model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = WeightsCheckpointer(
-            self.model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self.model,
+            cfg.OUTPUT_DIR,
+            class_names=cfg.DATASETS.CLASS_NAMES,
+            trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -84,6 +100,15 @@ class LibraTrainer(DefaultTrainer):
         """The evaluator that the data set's metadata names: COCO, LVIS or Pascal VOC."""
         output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         return choose_evaluator(dataset_name)(dataset_name, output_dir=output_folder)
+
+    def build_writers(self) -> list[EventWriter]:
+        """The parent's; with ``SOLVER.MAX_EPOCHS`` the log tells the epoch too."""
+        ret = super().build_writers()
+        if self.cfg.SOLVER.MAX_EPOCHS:
+            for writer in ret:
+                if isinstance(writer, CommonMetricPrinter):
+                    writer.logger = _EpochLogger(writer.logger, {"trainer": weakref.proxy(self)})
+        return ret
 
     def build_hooks(self) -> list[HookBase]:
         """The parent's; with ``TEST.AUG.ENABLED`` an evaluation with augmentation, at the end."""

@@ -1,5 +1,7 @@
 """Files of weights: read by detectron2's checkpointer, and checked before a run."""
 
+from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,7 +14,28 @@ __all__ = ["WeightsCheckpointer", "check_weights"]
 
 
 class WeightsCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, which reads ``.safetensors`` too."""
+    """detectron2's checkpointer, which reads ``.safetensors`` too and writes names of classes.
+
+    Args:
+        model: whose weights.
+        save_dir: folder of the checkpoints.
+        class_names: what checkpoints have beside the weights.
+        checkpointables: further parts of checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        class_names: Sequence[str] = (),
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, **checkpointables)
+        self.class_names = list(class_names)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        super().save(name, class_names=self.class_names, **kwargs)
 
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".safetensors"):

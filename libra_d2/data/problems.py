@@ -1,0 +1,120 @@
+"""What is wrong with the boxes and images of a data set, found before a run."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .coco_json import Annotation, Coco, Image
+from .images import examine
+
+__all__ = ["Problem", "find_box_problems", "find_image_problems", "is_useful"]
+
+_SLACK = 2.0  # pixels a box may be beyond its image by rounding
+_MANY = 0.2  # share of boxes that tells a format from a slip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong, and whether training on it would fail or teach nonsense.
+
+    Args:
+        what: a clause to follow the data set's name.
+        is_fatal: whether a run must not start.
+        annotation_ids: those concerned.
+        image_ids: those concerned.
+    """
+
+    what: str
+    is_fatal: bool = False
+    annotation_ids: tuple[int, ...] = ()
+    image_ids: tuple[int | str, ...] = ()
+
+
+def is_useful(box: Sequence[float], width: int, height: int) -> bool:
+    """Whether a box (x, y, width, height in pixels) has extent and meets its image."""
+    x, y, w, h = box
+    return w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
+
+
+def find_box_problems(coco: Coco) -> list[Problem]:
+    """What is wrong with the boxes: another format, negative, without extent, outside."""
+    images = {image.id: image for image in coco.images}
+    pairs = [(a, images[a.image_id]) for a in coco.annotations or ()]
+    if not pairs:
+        return []
+    # A whole data set in another format is one problem, not one a box.
+    if all(max(a.bbox) <= 1.0 for a, _ in pairs):
+        return [Problem("has boxes in [0, 1]; COCO's are in pixels", is_fatal=True)]
+    beyond = [(a, image) for a, image in pairs if _is_beyond(a, image)]
+    corners = all(
+        a.bbox[2] >= a.bbox[0]
+        and a.bbox[3] >= a.bbox[1]
+        and a.bbox[2] <= image.width + _SLACK
+        and a.bbox[3] <= image.height + _SLACK
+        for a, image in pairs
+    )
+    if corners and len(beyond) > _MANY * len(pairs):
+        what = f"has boxes that look like x1, y1, x2, y2 ({len(beyond)} of {len(pairs)} leave their"
+        return [Problem(f"{what} image); COCO's are x, y, width, height", is_fatal=True)]
+    kinds: tuple[tuple[str, bool, Callable[[Annotation, Image], bool]], ...] = (
+        ("boxes of negative size", True, lambda a, _: min(a.bbox[2:]) < 0),
+        ("boxes without extent", False, lambda a, _: min(a.bbox[2:]) == 0),
+        (
+            "boxes outside of their image",
+            False,
+            lambda a, i: min(a.bbox[2:]) > 0 and not is_useful(a.bbox, i.width, i.height),
+        ),
+        (
+            "boxes that leave their image",
+            False,
+            lambda a, i: is_useful(a.bbox, i.width, i.height) and _is_beyond(a, i),
+        ),
+    )
+    found = []
+    for kind, is_fatal, holds in kinds:
+        bad = [(a, image) for a, image in pairs if holds(a, image)]
+        if bad:
+            first, image = bad[0]
+            box = ", ".join(f"{x:g}" for x in first.bbox)
+            what = f"has {len(bad)} {kind}, the first {box} in image '{_name(image)}'"
+            found.append(Problem(what, is_fatal, tuple(a.id for a, _ in bad)))
+    return found
+
+
+def find_image_problems(coco: Coco, root: Path) -> list[Problem]:
+    """What is wrong with the image files: missing, unreadable, of another size."""
+    results = examine([root / _name(image) for image in coco.images])
+    bad: dict[str, list[tuple[Image, str]]] = {"cannot be used": [], "have another size": []}
+    for image, result in zip(coco.images, results, strict=True):
+        if isinstance(result, str):
+            bad["cannot be used"].append((image, result))
+        elif result != (image.height, image.width):
+            what = f"is {result[1]}x{result[0]}, not {image.width}x{image.height} as annotated"
+            bad["have another size"].append((image, what))
+    return [
+        Problem(
+            f"has {len(images)} images that {kind}, the first '{root / _name(images[0][0])}', "
+            f"which {images[0][1]}",
+            is_fatal=True,
+            image_ids=tuple(image.id for image, _ in images),
+        )
+        for kind, images in bad.items()
+        if images
+    ]
+
+
+def raise_fatal(problems: Iterable[Problem]) -> None:
+    """Raises ``ValueError`` with the first problem that is fatal."""
+    for problem in problems:
+        if problem.is_fatal:
+            raise ValueError(problem.what)
+
+
+def _is_beyond(annotation: Annotation, image: Image) -> bool:
+    x, y, w, h = annotation.bbox
+    slack = _SLACK
+    return min(x, y) < -slack or x + w > image.width + slack or y + h > image.height + slack
+
+
+def _name(image: Image) -> str:
+    return image.file_name or str(image.id)

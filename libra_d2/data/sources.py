@@ -1,0 +1,183 @@
+"""Data sets named in place: ``coco:ANNOTATIONS[:IMAGES]``, ``voc:ROOT:SPLIT``, ``yolo:YAML:SPLIT``.
+
+Such a name may stand in a config or on a command line wherever a registered one may. Behind it each
+becomes what detectron2 knows best, a file in COCO's format, with the classes of the model in the
+model's order: so all are read by its reader and scored by its COCO evaluator.
+"""
+
+import functools
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from libra_d2.config import suggest
+
+from .coco_json import Coco, read_coco
+from .problems import is_useful
+from .voc import read_voc
+from .yolo import read_yolo
+
+__all__ = ["Source", "is_source", "open_source", "register_source"]
+
+FORMS = {
+    "coco": "coco:ANNOTATIONS.json or coco:ANNOTATIONS.json:IMAGES",
+    "voc": "voc:ROOT:SPLIT",
+    "yolo": "yolo:DATA.yaml:SPLIT",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has been read."""
+
+    name: str
+    coco: Coco
+    image_root: Path
+    json_file: Path | None = None  # if it is in COCO's format itself
+
+    @property
+    def classes(self) -> list[str]:
+        return self.coco.class_names()
+
+
+def is_source(name: object) -> bool:
+    """Whether a data set's name is of one of the forms."""
+    return isinstance(name, str) and name.partition(":")[0] in FORMS and ":" in name
+
+
+def open_source(name: str) -> Source:
+    """Reads a data set named in place.
+
+    Raises:
+        ValueError: naming the file and what is wrong.
+    """
+    kind, _, rest = name.partition(":")
+    try:
+        if kind == "coco":
+            file, root = _coco_parts(rest)
+            try:
+                return Source(name, read_coco(str(file)), root, file)
+            except ValueError as error:
+                raise ValueError(f"{file} {error}") from None
+        place, _, split = rest.rpartition(":")
+        if not place or not split:
+            raise ValueError(f"must be {FORMS[kind]}")
+        if kind == "voc":
+            root = Path(place).expanduser()
+            return Source(name, read_voc(root, split), root / "JPEGImages")
+        return Source(name, *read_yolo(Path(place).expanduser(), split))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"data set '{name}': {error}") from None
+
+
+def _coco_parts(rest: str) -> tuple[Path, Path]:
+    """The annotation file and the folder of images; either may have colons in its name."""
+    if not rest:
+        raise ValueError(f"must be {FORMS['coco']}")
+    colons = [i for i, letter in enumerate(rest) if letter == ":"]
+    for i in (len(rest), *reversed(colons)):
+        file, images = Path(rest[:i]).expanduser(), rest[i + 1 :]
+        if file.is_file():
+            break
+    else:
+        file = Path(rest[: colons[-1]] if colons else rest)
+        raise ValueError(f"{file} does not exist or is not a file")
+    if images:
+        if not Path(images).expanduser().is_dir():
+            raise ValueError(f"{images} does not exist or is not a folder")
+        return file, Path(images).expanduser()
+    return file, _guess_images(file)
+
+
+def _guess_images(file: Path) -> Path:
+    """The folder of images, where it is not said: in the places where people put it."""
+    here, name = file.resolve().parent, file.stem.removeprefix("instances_")
+    places = [here, here / "images", here.parent / "images", here / name, here.parent / name]
+    places += [here / "images" / name, here.parent / "images" / name, here.parent]
+    try:
+        first = read_coco(str(file)).images[0].file_name or ""
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from None
+    for place in places:
+        if (place / first).is_file():
+            return place
+    raise ValueError(
+        f"image '{first}' is neither beside {file} nor in an images folder near it; name the "
+        f"folder: {FORMS['coco']}"
+    )
+
+
+def register_source(source: Source, classes: Sequence[str] = ()) -> None:
+    """Registers a data set with detectron2 under its name, in place of what has this name.
+
+    Args:
+        source: the data set.
+        classes: those of the model, in its order, of which the data set may lack some; empty for
+            its own.
+
+    Raises:
+        ValueError: if the data set has a class that is not among them.
+    """
+    classes = list(classes) or source.classes
+    check_classes(source.name, source.classes, classes)
+    if source.json_file and source.classes == classes:
+        file = source.json_file
+    else:
+        file = Path(_scratch().name) / f"{len(list(Path(_scratch().name).iterdir()))}.json"
+        file.write_bytes(_with_classes(source, classes))
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if source.name in catalog.list():
+            catalog.remove(source.name)
+    root = str(source.image_root)
+    DatasetCatalog.register(source.name, lambda: load_coco_json(str(file), root, source.name))
+    MetadataCatalog.get(source.name).set(
+        json_file=str(file), image_root=root, evaluator_type="coco", thing_classes=classes
+    )
+
+
+def check_classes(name: str, own: Sequence[str], classes: Sequence[str]) -> None:
+    """Raises ``ValueError`` if a data set has a class that a model has not."""
+    for other in own:
+        if other not in classes:
+            raise ValueError(
+                f"data set '{name}' has the class '{other}', which is not among those trained on"
+                f"{suggest(other, classes)}: {', '.join(classes)}; DATASETS.CLASS_NAMES may name "
+                "them all"
+            )
+
+
+def _with_classes(source: Source, classes: list[str]) -> bytes:
+    """The annotations as json, the classes counted from 1 as the model has them."""
+    ids = {name: i for i, name in enumerate(classes, start=1)}
+    new = {category.id: ids[category.name] for category in source.coco.categories}
+    # Whatever else a file has is kept.
+    content = msgspec.json.decode(
+        source.json_file.read_bytes() if source.json_file else msgspec.json.encode(source.coco)
+    )
+    content["categories"] = [{"id": i, "name": name} for name, i in ids.items()]
+    annotations = content.get("annotations", [])
+    if not source.json_file:
+        sizes = {image.id: (image.width, image.height) for image in source.coco.images}
+        useful = [a for a in annotations if is_useful(a["bbox"], *sizes[a["image_id"]])]
+        if len(useful) < len(annotations):
+            logging.getLogger(__name__).warning(
+                "%s: %d boxes without extent or outside of their image are left out",
+                source.name,
+                len(annotations) - len(useful),
+            )
+        annotations = content["annotations"] = useful
+    for annotation in annotations:
+        annotation["category_id"] = new[annotation["category_id"]]
+    return msgspec.json.encode(content)
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    """A folder that goes when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="libra_d2_")

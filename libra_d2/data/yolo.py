@@ -1,0 +1,180 @@
+"""Reads data sets in YOLO's layout: a yaml file, images, and a text file of labels beside each."""
+
+import math
+import os
+from pathlib import Path
+
+import yaml
+
+from libra_d2.config import suggest
+
+from .coco_json import Annotation, Category, Coco, Image
+from .images import examine, find_images
+
+__all__ = ["read_yolo"]
+
+_SLACK = 0.01  # how far beyond 0 and 1 coordinates may be by rounding
+
+
+def read_yolo(file: Path, split: str) -> tuple[Coco, Path]:
+    """Reads one split: boxes, or polygons with the boxes around them.
+
+    Args:
+        file: the yaml file, with ``names``, the splits and maybe ``path``.
+        split: one of them, such as "train".
+
+    Returns:
+        Its images and objects, the classes in the yaml's order; and the folder that the names of
+        images are relative to. An image without a file of labels is one without objects.
+
+    Raises:
+        ValueError: naming the file and what is wrong.
+    """
+    content, classes = _read_yaml(file)
+    splits = [name for name in ("train", "val", "test", "minival") if content.get(name)]
+    splits += [k for k in content if k not in splits and str(k).startswith(("train", "val", "te"))]
+    if not content.get(split):
+        raise ValueError(
+            f"{file} has no split '{split}'{suggest(split, splits)}; there is {', '.join(splits)}"
+        )
+    entries = content[split] if isinstance(content[split], list) else [content[split]]
+    paths = []
+    for entry in entries:
+        place = _find(file, content, str(entry))
+        paths += _listed(place) if place.is_file() else find_images(place)
+        if place.is_dir():
+            _check_no_stray_labels(paths)
+    paths = list(dict.fromkeys(paths))
+    if not paths:
+        raise ValueError(f"{file}: split '{split}' has no images in {', '.join(map(str, entries))}")
+    labels = [_label_file(path) for path in paths]
+    if not any(label.is_file() for label in labels):
+        raise ValueError(
+            f"{file}: no image of split '{split}' has a file of labels; that of {paths[0]} would "
+            f"be {labels[0]}"
+        )
+    sizes = examine(paths)
+    for path, size in zip(paths, sizes, strict=True):
+        if isinstance(size, str):
+            others = sum(isinstance(other, str) for other in sizes) - 1
+            raise ValueError(f"{path} {size}; nor can {others} others")
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    coco = Coco(
+        images=[
+            Image(id=i, file_name=str(path.relative_to(root)), height=size[0], width=size[1])
+            for i, (path, size) in enumerate(zip(paths, sizes, strict=True), start=1)
+        ],
+        categories=[Category(id=i, name=name) for i, name in enumerate(classes, start=1)],
+        annotations=[],
+    )
+    for image, label in zip(coco.images, labels, strict=True):
+        for annotation in _read_labels(label, image, len(classes)):
+            annotation.id = len(coco.annotations) + 1
+            coco.annotations.append(annotation)
+    return coco, root
+
+
+def _read_yaml(file: Path) -> tuple[dict, list[str]]:
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist or is not a file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"{file} is not valid yaml") from None
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{file} must have names, a list of the classes or a mapping 0: name, ...")
+    if content.get("nc", len(names)) != len(names):
+        raise ValueError(f"{file} has nc {content['nc']} but {len(names)} names")
+    names = [str(name) for name in names]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file} has two names that are the same")
+    return content, names
+
+
+def _find(file: Path, content: dict, entry: str) -> Path:
+    """Where the images of a split are: relative to ``path``, which is to the yaml's folder."""
+    here = file.resolve().parent
+    bases = [here / str(content.get("path") or "."), Path(str(content.get("path") or ".")), here]
+    # Some exporters write ../train/images for the train/images beside the yaml file.
+    places = [base / e for base in bases for e in (entry, entry.removeprefix("../"))]
+    for place in places:
+        if place.exists():
+            return Path(os.path.abspath(place))
+    raise ValueError(f"{file}: '{entry}' does not exist; looked for it at {places[0]}")
+
+
+def _listed(file: Path) -> list[Path]:
+    """The images that a text file lists, relative to its folder."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    return [Path(os.path.abspath(file.parent / line)) for line in lines if line]
+
+
+def _label_file(image: Path) -> Path:
+    """images/a.jpg has its labels in labels/a.txt; one in no such folder, beside itself."""
+    parts = list(image.with_suffix(".txt").parts)
+    folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
+    if folders:
+        parts[folders[-1]] = "labels"
+    return Path(*parts)
+
+
+def _check_no_stray_labels(images: list[Path]) -> None:
+    known = {_label_file(image) for image in images}
+    folders = {label.parent for label in known}
+    there = {file for folder in folders if folder.name != "images" for file in folder.glob("*.txt")}
+    stray = sorted(f for f in there - known if f.name not in ("classes.txt", "labels.txt"))
+    if stray and any(label.parent.parent != label.parent for label in known):
+        raise ValueError(f"{stray[0]} has no image, nor have {len(stray) - 1} others")
+
+
+def _read_labels(file: Path, image: Image, num_classes: int) -> list[Annotation]:
+    if not file.is_file():
+        return []
+    annotations = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            annotations.append(_read_label(line, where, image, num_classes))
+    return annotations
+
+
+def _read_label(line: str, where: str, image: Image, num_classes: int) -> Annotation:
+    try:
+        index, *values = map(float, line.split())
+    except ValueError:
+        raise ValueError(f"{where}: '{line.strip()}' must be numbers") from None
+    if index not in range(num_classes):
+        raise ValueError(f"{where}: class {index:g} must be in 0 to {num_classes - 1}")
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise ValueError(
+            f"{where}: must be a class and x y width height, or a class and the x y of three or "
+            f"more corners; got {1 + len(values)} numbers"
+        )
+    if not all(math.isfinite(v) and -_SLACK <= v <= 1 + _SLACK for v in values):
+        raise ValueError(f"{where}: coordinates must be fractions of the image, in [0, 1]")
+    size = (image.width, image.height)
+    if len(values) == 4:
+        (x, y, w, h), polygon = values, None
+        box = ((x - w / 2) * size[0], (y - h / 2) * size[1], w * size[0], h * size[1])
+    else:
+        polygon = [value * size[i % 2] for i, value in enumerate(values)]
+        xs, ys = polygon[::2], polygon[1::2]
+        box = (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+    return Annotation(
+        id=0,
+        image_id=image.id,
+        category_id=int(index) + 1,
+        bbox=box,
+        area=_area(polygon) if polygon else box[2] * box[3],
+        iscrowd=0,
+        segmentation=[polygon] if polygon else None,
+    )
+
+
+def _area(polygon: list[float]) -> float:
+    """The shoelace formula."""
+    xs, ys = polygon[::2], polygon[1::2]
+    return abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2

@@ -1,0 +1,224 @@
+"""Predictions from Python: a trained model in, boxes with class names out."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from PIL import Image
+
+from libra_d2 import data, modeling  # noqa: F401  (imported to register)
+from libra_d2.checkpoint import read_weights
+from libra_d2.config import suggest
+from libra_d2.data.images import open_image
+from libra_d2.engine import load_config
+from libra_d2.engine.weights import WeightsCheckpointer, check_weights
+
+from .result import Result
+
+__all__ = ["Detector"]
+
+# Anything that is an image; numpy arrays are (H, W, 3) or (H, W), tensors (3, H, W).
+ImageLike = str | Path | Image.Image | np.ndarray | torch.Tensor
+
+
+class Detector:
+    """A trained detector.
+
+    .. code-block:: python
+
+        detector = Detector("output/mine")
+        result = detector("a.jpg")
+        print(result.class_names, result.boxes)
+
+    Args:
+        path: a run's folder; a file of weights whose config lies beside it, as config.yaml, or
+            under its own name as .yaml or in .json; or a config file that names weights.
+        threshold: the lowest score of what is found, in [0, 1].
+        classes: names of the classes to look for; empty for all.
+        device: "cuda", "cpu", ...; None for a GPU where there is one.
+        batch_size: how many images go through the model at once.
+        opts: overrides of the config, KEY VALUE KEY VALUE ...
+
+    Raises:
+        ValueError: if there is no config or no weights, or an argument is wrong.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threshold: float = 0.5,
+        classes: Sequence[str] = (),
+        device: str | None = None,
+        batch_size: int = 1,
+        opts: Sequence[str] = (),
+    ):
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.cfg, weights = _find(Path(path), threshold, device, opts)
+        self.model = build_model(self.cfg).eval()
+        check_weights(weights, self.model, "the file of weights")
+        WeightsCheckpointer(self.model).load(weights)
+        self.names = _class_names(self.cfg, weights)
+        for name in classes:
+            if name not in self.names:
+                raise ValueError(
+                    f"there is no class '{name}'{suggest(name, self.names)}; there is "
+                    f"{', '.join(self.names)}"
+                )
+        self._wanted = [self.names.index(name) for name in classes]
+        inputs = self.cfg.INPUT
+        self._resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)
+
+    def __call__(
+        self, images: ImageLike | Iterable[ImageLike], *, channels: str = "RGB"
+    ) -> Result | list[Result]:
+        """What is found in one image, or a list of it for several.
+
+        Args:
+            images: paths, PIL images, arrays (H, W, 3) or (H, W), or tensors (3, H, W); of uint8,
+                or floats in [0, 1].
+            channels: the order of an array's or tensor's channels, "RGB" or "BGR" (OpenCV's).
+
+        Raises:
+            ValueError: if an image cannot be read.
+        """
+        if channels not in ("RGB", "BGR"):
+            raise ValueError(f"channels must be RGB or BGR, got '{channels}'")
+        if isinstance(images, ImageLike):
+            return self._detect([images], channels)[0]
+        images = list(images)
+        batches = (images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size))
+        return [result for batch in batches for result in self._detect(batch, channels)]
+
+    @torch.no_grad()
+    def _detect(self, images: list[ImageLike], channels: str) -> list[Result]:
+        arrays = [_to_rgb(image, channels) for image in images]
+        outputs = self.model([self._to_input(array) for array in arrays])
+        return [
+            self._to_result(output["instances"].to("cpu"), array, image)
+            for output, array, image in zip(outputs, arrays, images, strict=True)
+        ]
+
+    def _to_input(self, image: np.ndarray) -> dict:
+        if self.cfg.INPUT.FORMAT == "BGR":
+            image = image[:, :, ::-1]
+        height, width = image.shape[:2]
+        image = self._resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float)
+        return {"image": tensor, "height": height, "width": width}
+
+    def _to_result(self, instances, array: np.ndarray, image: ImageLike) -> Result:
+        result = Result(
+            image=array,
+            boxes=instances.pred_boxes.tensor.numpy(),
+            scores=instances.scores.numpy(),
+            class_ids=instances.pred_classes.numpy(),
+            names=self.names,
+            masks=instances.pred_masks.numpy() if instances.has("pred_masks") else None,
+            keypoints=instances.pred_keypoints.numpy() if instances.has("pred_keypoints") else None,
+            path=str(image) if isinstance(image, (str, Path)) else None,
+        )
+        return result.filter(np.isin(result.class_ids, self._wanted)) if self._wanted else result
+
+
+def _to_rgb(image: ImageLike, channels: str) -> np.ndarray:
+    """An image as an array (H, W, 3) of uint8, RGB."""
+    if isinstance(image, (str, Path)):
+        return np.asarray(open_image(image))
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    if image.ndim == 2:
+        image = np.repeat(image[:, :, None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            "an array must be (H, W, 3) or (H, W), a tensor (3, H, W) or (H, W); got one that is "
+            f"{image.shape} with channels last"
+        )
+    if image.dtype.kind == "f":
+        if not (0 <= image.min() and image.max() <= 1):
+            raise ValueError("an image of floats must be in [0, 1]")
+        image = (image * 255).round().astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"an image must be of uint8, or floats in [0, 1]; got {image.dtype}")
+    return image[:, :, ::-1] if channels == "BGR" else image
+
+
+def _find(
+    path: Path, threshold: float, device: str | None, opts: Sequence[str]
+) -> tuple[CfgNode, str]:
+    """The config and the file of weights that a path leads to."""
+    overrides = []
+    for head in ("ROI_HEADS", "RETINANET"):
+        overrides += [f"MODEL.{head}.SCORE_THRESH_TEST", str(threshold)]
+    # A run's config names the device it was trained on.
+    overrides += ["MODEL.DEVICE", device or ("cuda" if torch.cuda.is_available() else "cpu")]
+    if path.is_dir():
+        config, weights = path / "config.yaml", _last_weights(path)
+        if not config.is_file():
+            raise ValueError(f"'{path}' holds no config.yaml, so it is not a run's folder")
+    elif path.suffix in (".yaml", ".yml"):
+        config, weights = path, None
+    elif path.is_file():
+        config, weights = _config_beside(path), path
+    else:
+        raise ValueError(f"'{path}' does not exist; give a run's folder, weights or a config")
+    cfg = load_config(str(config), [*overrides, *opts]).clone()
+    if cfg.MODEL.LOAD_PROPOSALS:
+        raise ValueError(
+            "a model on precomputed proposals (MODEL.LOAD_PROPOSALS) can be evaluated with "
+            "train_net.py --eval-only, not used here"
+        )
+    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+        raise ValueError("a ProposalNetwork proposes boxes without classes; nothing to detect with")
+    if "MODEL.WEIGHTS" not in opts and weights is not None:
+        return cfg, str(weights)
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError(f"MODEL.WEIGHTS is empty in {config}; name the weights to detect with")
+    return cfg, cfg.MODEL.WEIGHTS
+
+
+def _last_weights(folder: Path) -> Path:
+    last = folder / "last_checkpoint"
+    candidates = [folder / "model_final.pth"]
+    candidates += [folder / last.read_text().strip()] if last.is_file() else []
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise ValueError(f"'{folder}' holds neither model_final.pth nor another checkpoint")
+
+
+def _config_beside(weights: Path) -> Path:
+    for config in (weights.with_suffix(".yaml"), weights.parent / "config.yaml"):
+        if config.is_file():
+            return config
+    raise ValueError(f"no config lies beside '{weights}', as {weights.stem}.yaml or config.yaml")
+
+
+def _class_names(cfg: CfgNode, weights: str) -> list[str]:
+    """From the config, the weights' file, what lies beside it, or the data set's metadata."""
+    one_stage = "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
+    number = cfg.MODEL["RETINANET" if one_stage else "ROI_HEADS"].NUM_CLASSES
+    beside = Path(weights).with_suffix(".classes.json")
+    candidates = [list(cfg.DATASETS.CLASS_NAMES)]
+    if weights.endswith(".pth") and Path(weights).is_file():
+        candidates.append(list(read_weights(weights).get("class_names", ())))
+    if beside.is_file():
+        candidates.append(json.loads(beside.read_text()))
+    candidates += [list(MetadataCatalog.get(n).get("thing_classes", ())) for n in cfg.DATASETS.TEST]
+    for names in candidates:
+        if len(names) == number:
+            return [str(name) for name in names]
+    return [str(i) for i in range(number)]

@@ -1,0 +1,81 @@
+"""Detection over many images."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from tqdm import tqdm
+
+from .detector import Detector
+from .inputs import Images, Item
+from .outputs import Sink
+
+__all__ = ["predict"]
+
+
+def predict(detector: Detector, images: Images, sinks: Sequence[Sink]) -> int:
+    """Detects in all images and gives the results to the sinks; tells the speed at the end.
+
+    Returns:
+        How many images could not be read; they are named on stderr and left out.
+    """
+    if images.category_ids and images.class_names and list(images.class_names) != detector.names:
+        images.category_ids = _match(images, detector.names)
+    speed = _Speed()
+    try:
+        _go_through(detector, images, sinks, speed)
+    except KeyboardInterrupt:  # a camera has no other end
+        if images.number is not None:
+            raise
+    if not speed.num_images:
+        raise ValueError("no image could be read")
+    for sink in sinks:
+        sink.close()
+    skipped = f"; {speed.num_skipped} could not be read" if speed.num_skipped else ""
+    rate = speed.num_images / speed.seconds
+    print(f"{speed.num_images} images, {rate:.3g} a second{skipped}", file=sys.stderr)
+    return speed.num_skipped
+
+
+@dataclass
+class _Speed:
+    num_images: int = 0
+    num_skipped: int = 0
+    seconds: float = 0.0  # of detection, without reading and writing
+
+
+def _go_through(detector: Detector, images: Images, sinks: Sequence[Sink], speed: _Speed) -> None:
+    bar = tqdm(images.items, total=images.number, unit="image", disable=None)
+    for batch in _batches(bar, detector.batch_size):
+        loaded = []
+        for item in batch:
+            try:
+                loaded.append((item, item.load()))
+            except ValueError as error:
+                speed.num_skipped += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        start = time.perf_counter()
+        results = detector([image for _, image in loaded]) if loaded else []
+        speed.seconds += time.perf_counter() - start
+        speed.num_images += len(loaded)
+        for (item, _), result in zip(loaded, results, strict=True):
+            for sink in sinks:
+                sink.add(item, result)
+
+
+def _match(images: Images, names: Sequence[str]) -> list[int]:
+    """A data set's category ids in the order of the model's classes."""
+    ids = dict(zip(images.class_names, images.category_ids, strict=True))
+    missing = [name for name in images.class_names if name not in names]
+    if missing:
+        raise ValueError(f"the model has no class '{missing[0]}' of the data set")
+    spare = max(images.category_ids) + 1
+    return [ids.get(name, spare + i) for i, name in enumerate(names)]
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
