@@ -212,6 +212,27 @@ class TestCheckpoints:
         assert found.missing_keys == ["backbone.fpn_lateral2.weight"]
         assert found.unexpected_keys == ["backbone.odd"]
 
+    @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+    def test_missing_statistics_are_told_and_kept(self, norm):
+        """As in the plain model: torch decides by the versions that files have of modules."""
+        plain = build_model(toy_config(BASELINE, "MODEL.RESNETS.NORM", norm)).state_dict()
+        libra = build_model(toy_config(LIBRA, "MODEL.RESNETS.NORM", norm))
+        name = "backbone.bottom_up.stem.conv1.norm.running_mean"
+        statistics = libra.backbone.bottom_up.stem.conv1.norm.running_mean
+        del plain[name]
+        statistics.fill_(3.0)
+        found = libra.load_state_dict(plain, strict=False)
+        assert name in found.missing_keys and (statistics == 3.0).all()
+        assert [key for key in found.missing_keys if ".bfp." not in key] == [name]
+
+    def test_strict_loading_calls_weights_what_files_call_them(self):
+        libra = build_model(toy_config(LIBRA))
+        state = libra.state_dict()
+        state["backbone.fpn_lateral2.weight"] = torch.zeros(1)
+        with pytest.raises(RuntimeError, match="size mismatch for backbone.fpn_lateral2.weight"):
+            libra.load_state_dict(state)
+        assert libra.load_state_dict(libra.state_dict()).missing_keys == []
+
     def test_an_imagenet_backbone_loads(self):
         """By detectron2's matching of names, as from its R-50.pkl."""
         torch.manual_seed(0)

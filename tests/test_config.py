@@ -58,7 +58,7 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.BFP.REFINE_LEVL", 1], "no key MODEL.BFP.REFINE_LEVL.*'MODEL.BFP.REFINE_LEVEL'"),
         (["MODEL.BFP"], "pairs KEY VALUE"),
         (["MODEL.BFP.REFINE_LEVEL", "high"], "REFINE_LEVEL must be an int such as 2, got high"),
-        (["SOLVER.BASE_LR", 1], "SOLVER.BASE_LR must be a float such as 0.02, got 1"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR must be a float such as 0.02, got fast"),
         (["SOLVER.MAX_ITER", None], "SOLVER.MAX_ITER must be an int such as 40000, got None"),
         (["MODEL.LIBRA.REFERENCE", "mmdetection"], "did you mean 'mmdet'.*paper, mmdet"),
         (["MODEL.BFP.REFINE_TYPE", "nonlocal"], "did you mean 'non_local'"),
@@ -107,6 +107,19 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.PISA.ISR_POSITIVE.K", 0.0], "MODEL.PISA.ISR_POSITIVE.K must be greater than 0"),
         (["MODEL.PISA.CARL.BIAS", 1.5], r"MODEL.PISA.CARL.BIAS must be in \[0, 1\], got 1.5"),
         (["MODEL.ROI_HEADS.SCORE_HLR.K", -1.0], "MODEL.ROI_HEADS.SCORE_HLR.K must be"),
+        (["MODEL.ROI_HEADS.SCORE_HLR.K", "abc"], "SCORE_HLR.K must be a number, got abc"),
+        (
+            ["MODEL.ROI_HEADS.SCORE_HLR.K", 1.0, "MODEL.PISA.ISR_NEGATIVE.K", 3.0],
+            "SCORE_HLR.K 1.0 is the former name of MODEL.PISA.ISR_NEGATIVE.K, which is 3.0",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],
+            "needs .* of a two-stage detector, got ProposalNetwork",
+        ),
+        (
+            ["MODEL.META_ARCHITECTURE", "SemanticSegmentor"],
+            "needs .* of a two-stage detector, got SemanticSegmentor",
+        ),
         (["MODEL.ROI_HEADS.SCORE_HLR.NMS_THRESH", 1.5], "SCORE_HLR.NMS_THRESH must be in"),
         (
             ["MODEL.PISA.ISR_NEGATIVE.BIAS", 2.0],
@@ -333,6 +346,7 @@ def test_the_zoos_arithmetic_is_read(expression, value, tmp_path):
         "[].__class__",
         "open('/etc/passwd')",
         "[x for x in range(10**9)]",
+        "[[y for y in range(10000)] for x in range(2000)]",
         "9999**9999",
         "(lambda: 1)()",
         "[x if x else 1 for x in [1]]",

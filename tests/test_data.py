@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 
 from libra_d2.data import digits
+from libra_d2.data.coco_json import read_coco
 from libra_d2.data.digits import SPLITS, Split, make_digits
 from libra_d2.data.scene import SceneMaker
 
@@ -143,3 +144,13 @@ def test_splits_are_registered():
         assert name in DatasetCatalog.list()
         assert MetadataCatalog.get(name).evaluator_type == "coco"
     assert len(DatasetCatalog.get("digits_val")) == 150
+
+
+def test_whole_numbers_may_be_written_as_floats_and_areas_as_nan(tmp_path):
+    """As pandas and Python's json write them; detectron2 reads them too."""
+    image = {"id": 1.0, "file_name": "a.jpg", "height": 9.0, "width": 9}
+    annotation = {"id": 1, "image_id": 1.0, "category_id": 2, "bbox": [1, 2, 3, 4]}
+    annotation |= {"iscrowd": 0.0, "area": float("nan")}
+    content = {"images": [image], "categories": [{"id": 2.0, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps({**content, "annotations": [annotation]}))
+    assert read_coco(str(tmp_path / "a.json")).class_names() == ["a"]

@@ -78,6 +78,68 @@ def test_switches_from_outside_are_named_in_the_config():
         small_config(BASELINE, "MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "larges_iou")
 
 
+@BOX_LOSSES.register(name="rpn_only")
+@dataclass(frozen=True, kw_only=True)
+class RpnOnly(Squared):
+    """One that other heads can't have."""
+
+    scale: float = 1.0
+
+    @classmethod
+    def from_config(cls, cfg, head):
+        if head != "RPN":
+            raise ValueError(f"for the RPN, not {head}")
+        return cls()
+
+
+def test_a_switch_of_anyones_own_that_is_not_chosen_does_not_matter():
+    small_config(BASELINE)
+    with pytest.raises(ValueError, match="for the RPN, not ROI_BOX_HEAD"):
+        small_config(BASELINE, "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "rpn_only")
+
+
+class OwnSettings(StandardROIHeads):
+    """Heads whose output layers are not what the config says."""
+
+    predictor = FastRCNNOutputLayers
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        shape = ShapeSpec(channels=ret["box_predictor"].cls_score.in_features)
+        ret["box_predictor"] = cls.predictor(
+            cfg, shape, test_score_thresh=0.77, loss_weight={"loss_box_reg": 5.0}
+        )
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class BalancedOwnSettings(BalancedSampling, OwnSettings):
+    """The same, balanced."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class BalancedOwnPredictor(BalancedSampling, OwnSettings):
+    """With output layers of anyone's own."""
+
+    predictor = type("OwnPredictor", (FastRCNNOutputLayers,), {})
+
+
+def test_settings_of_output_layers_are_kept():
+    cfg = small_config(LIBRA, "MODEL.ROI_HEADS.NAME", "BalancedOwnSettings")
+    predictor = build_model(cfg).roi_heads.box_predictor
+    assert type(predictor) is LibraFastRCNNOutputLayers and predictor.box_loss == BalancedL1()
+    assert predictor.test_score_thresh == 0.77 and predictor.loss_weight == {"loss_box_reg": 5.0}
+
+
+def test_losses_that_anyones_own_output_layers_would_ignore():
+    opts = ("MODEL.ROI_HEADS.NAME", "BalancedOwnPredictor")
+    assert "loss_box_reg" in train_step(small_config(BASELINE, *opts))[0]
+    for key, value in (("PISA.CARL.ENABLED", True), ("ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE", "squared")):
+        with pytest.raises(ValueError, match=f"{key} {value} needs output layers.*OwnPredictor"):
+            build_model(small_config(BASELINE, *opts, f"MODEL.{key}", value))
+
+
 def test_a_name_is_registered_once():
     with pytest.raises(AssertionError, match="largest_iou"):
         NEGATIVE_SAMPLERS.register(LargestIou, name="largest_iou")
@@ -133,6 +195,18 @@ class TestModels:
         image = torch.rand(1, 3, 64, 96)
         with torch.no_grad():
             torch.testing.assert_close(compiled(image), backbone(image))
+
+    @pytest.mark.parametrize("refine_type", ["non_local", "conv", "none"])
+    def test_a_compiled_backbone_trains(self, refine_type):
+        cfg = small_config(LIBRA, "MODEL.BFP.REFINE_TYPE", refine_type)
+        backbone = build_model(cfg).backbone.train()
+        image, gradients = torch.rand(1, 3, 96, 128), []
+        for network in (backbone, torch.compile(backbone, backend="aot_eager")):
+            backbone.zero_grad()
+            sum(level.square().sum() for level in network(image).values()).backward()
+            gradients.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+        for eager, compiled in zip(*gradients, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-3 * eager.abs().max())
 
     def test_pointrends_heads_are_balanced_in_two_lines(self):
         from detectron2.projects.point_rend.roi_heads import PointRendROIHeads

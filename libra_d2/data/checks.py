@@ -78,6 +78,8 @@ def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
         if for_training and not coco.annotations:
             raise ValueError("has no annotations")
         need(coco.annotations or [], needed)
+        if not for_training and any(isinstance(a.id, str) for a in coco.annotations or ()):
+            raise ValueError("has annotation ids that are strings; pycocotools needs numbers")
         problems = find_box_problems(coco)
         if not is_lvis:
             problems += find_image_problems(coco, Path(metadata.image_root))

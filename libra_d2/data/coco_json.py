@@ -1,20 +1,23 @@
 """COCO annotations: what a file of them has to hold, and reading it with an error to act on."""
 
+import json
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
 __all__ = ["Annotation", "Category", "Coco", "Image", "need", "read_coco"]
 
-Length = Annotated[int, msgspec.Meta(gt=0)]
+Number = int | float  # whole numbers, which some tools write as 1.0
+Length = Annotated[float, msgspec.Meta(gt=0)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class Image(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One image; height and width in pixels."""
 
-    id: int | str
+    id: Number | str
     height: Length
     width: Length
     file_name: Name | None = None
@@ -24,19 +27,19 @@ class Image(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Category(msgspec.Struct, kw_only=True):
     """One class."""
 
-    id: int
+    id: Number
     name: Name
 
 
 class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One object; its box is x, y, width and height in pixels."""
 
-    id: int
-    image_id: int | str
-    category_id: int
+    id: Number | str
+    image_id: Number | str
+    category_id: Number
     bbox: tuple[float, float, float, float]
     area: float | None = None
-    iscrowd: Literal[0, 1] | bool | None = None
+    iscrowd: Number | bool | None = None  # 0 or 1
     segmentation: list | dict | None = None
     keypoints: list[float] | None = None
 
@@ -59,17 +62,29 @@ def read_coco(path: str) -> Coco:
     Raises:
         ValueError: naming what is not as it must be, and where.
     """
+    content = Path(path).read_bytes()
     try:
-        coco = msgspec.json.decode(Path(path).read_bytes(), type=Coco)
+        try:
+            coco = msgspec.json.decode(content, type=Coco)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:  # Python writes NaN, which is no json
+            coco = msgspec.convert(json.loads(content), type=Coco)
     except msgspec.ValidationError as error:
-        raise ValueError(f"is not COCO json: {error}") from None
-    except msgspec.DecodeError as error:
-        raise ValueError(f"is not valid json: {error}") from None
+        raise ValueError(f"is not COCO json: {_plain(str(error))}") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is not valid json") from None
     images, categories = (_ids(coco, kind) for kind in ("images", "categories"))
     _ids(coco, "annotations")
     if len({c.name for c in coco.categories}) < len(coco.categories):
         raise ValueError("has two categories of the same name")
     for annotation in coco.annotations or ():
+        if not all(map(math.isfinite, annotation.bbox)):
+            raise ValueError(f"has annotation {annotation.id} whose bbox is not finite")
+        if annotation.iscrowd not in (None, 0, 1):
+            raise ValueError(
+                f"has annotation {annotation.id} whose iscrowd is {annotation.iscrowd}, not 0 or 1"
+            )
         for key, known in (("image_id", images), ("category_id", categories)):
             value = getattr(annotation, key)
             if value not in known:
@@ -83,6 +98,13 @@ def need(annotations: list[Annotation], fields: tuple[str, ...]) -> None:
         for field in fields:
             if getattr(annotation, field) in (None, [], {}):
                 raise ValueError(f"has annotation {annotation.id} without {field}")
+
+
+def _plain(message: str) -> str:
+    """msgspec's message without its marks: what is wrong where."""
+    what, _, where = message.replace("`", "").partition(" - at ")
+    where = where.removeprefix("$").removeprefix(".")
+    return f"{where}: {what[0].lower()}{what[1:]}" if where else what[0].lower() + what[1:]
 
 
 def _ids(coco: Coco, kind: str) -> set:

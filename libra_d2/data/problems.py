@@ -89,7 +89,7 @@ def find_image_problems(coco: Coco, root: Path) -> list[Problem]:
         if isinstance(result, str):
             bad["cannot be used"].append((image, result))
         elif result != (image.height, image.width):
-            what = f"is {result[1]}x{result[0]}, not {image.width}x{image.height} as annotated"
+            what = f"is {result[1]}x{result[0]}, not {image.width:g}x{image.height:g} as annotated"
             bad["have another size"].append((image, what))
     return [
         Problem(

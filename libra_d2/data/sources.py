@@ -167,9 +167,10 @@ def _with_classes(source: Source, classes: list[str]) -> bytes:
         useful = [a for a in annotations if is_useful(a["bbox"], *sizes[a["image_id"]])]
         if len(useful) < len(annotations):
             logging.getLogger(__name__).warning(
-                "%s: %d boxes without extent or outside of their image are left out",
+                "%s: left out, as without extent or outside of the image: %d of %d boxes",
                 source.name,
                 len(annotations) - len(useful),
+                len(annotations),
             )
         annotations = content["annotations"] = useful
     for annotation in annotations:

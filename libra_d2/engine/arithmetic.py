@@ -4,6 +4,8 @@ import ast
 import contextlib
 import io
 import operator
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import yaml
@@ -32,32 +34,35 @@ def evaluate(expression: str) -> Any:
     Raises:
         ValueError: if it has anything else.
     """
-    if len(expression) > _MOST:
-        raise ValueError("is too long")
+    if not isinstance(expression, str) or len(expression) > _MOST:
+        raise ValueError("is no text, or too long")
     try:
-        return _evaluate(ast.parse(expression.strip(), mode="eval").body, {})
+        return _evaluate(ast.parse(expression.strip(), mode="eval").body, {}, count(1))
     except (SyntaxError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"is no arithmetic ({error})") from error
 
 
-def _evaluate(node: ast.AST, names: dict[str, Any]) -> Any:
+def _evaluate(node: ast.AST, names: dict[str, Any], steps: Iterator[int]) -> Any:
+    if next(steps) > _MOST:
+        raise ValueError("takes too long")
     match node:
         case ast.Constant(value=int() | float() as value):
             return value
         case ast.Name(id=name) if name in names:
             return names[name]
         case ast.List(elts=elements) | ast.Tuple(elts=elements):
-            return [_evaluate(element, names) for element in elements]
+            return [_evaluate(element, names, steps) for element in elements]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_evaluate(operand, names))
+            return _OPERATORS[type(op)](_evaluate(operand, names, steps))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            numbers = [_evaluate(left, names), _evaluate(right, names)]
+            numbers = [_evaluate(side, names, steps) for side in (left, right)]
             # Above a small power numbers can take all the memory.
             small = type(op) is not ast.Pow or abs(numbers[1]) <= 64
             if all(isinstance(x, (int, float)) and abs(x) <= _MOST for x in numbers) and small:
                 return _OPERATORS[type(op)](*numbers)
+            raise ValueError(f"has {ast.unparse(node)}, whose numbers are too large")
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS:
-            value = _FUNCTIONS[name](*(_evaluate(arg, names) for arg in args))
+            value = _FUNCTIONS[name](*(_evaluate(arg, names, steps) for arg in args))
             if name != "range" or len(value) <= _MOST:
                 return value
         case ast.ListComp(
@@ -66,7 +71,8 @@ def _evaluate(node: ast.AST, names: dict[str, Any]) -> Any:
                 ast.comprehension(target=ast.Name(id=name), iter=items, ifs=[], is_async=0)
             ],
         ):
-            return [_evaluate(element, {**names, name: x}) for x in _evaluate(items, names)]
+            items = _evaluate(items, names, steps)
+            return [_evaluate(element, {**names, name: x}, steps) for x in items]
     raise ValueError(f"has {ast.unparse(node)}, which is not read because it could run any code")
 
 

@@ -13,6 +13,9 @@ from detectron2.modeling import (
     META_ARCH_REGISTRY,
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    ProposalNetwork,
+    SemanticSegmentor,
 )
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
@@ -40,6 +43,13 @@ _READERS = {
     _META: (META_ARCH_REGISTRY, LibraRetinaNet),
     _HEADS: (ROI_HEADS_REGISTRY, LibraROIHeads),
     _RPN: (PROPOSAL_GENERATOR_REGISTRY, LibraRPN),
+}
+# Those that a kind of model has.
+_PLACES = {
+    DenseDetector: (_META,),
+    GeneralizedRCNN: (_HEADS, _RPN),
+    ProposalNetwork: (_RPN,),
+    SemanticSegmentor: (),
 }
 _SWITCHES = {
     "MODEL.RETINANET.CLS_LOSS_TYPE": CLASSIFICATION_LOSSES,
@@ -129,14 +139,17 @@ def check_config(cfg: CfgNode) -> None:
         part.from_config(cfg)
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         return  # which is said when the model is built
-    is_one_stage = issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), DenseDetector)
+    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    is_one_stage = issubclass(model, DenseDetector)
     # What a model of the other kind would read may be as it is.
     unread = ("MODEL.RPN.", "MODEL.ROI_") if is_one_stage else ("MODEL.RETINANET.",)
     for what, is_right, keys in _RULES:
         for key in keys.split():
             if not key.startswith(unread):
                 _require(is_right(get_key(cfg, key)), key, what, cfg)
-    _check_switches(cfg, (_META,) if is_one_stage else (_HEADS, _RPN))
+    for kind, places in _PLACES.items():
+        if issubclass(model, kind):
+            _check_switches(cfg, places)
     for name in ("RETINANET",) if is_one_stage else ("RPN", "ROI_HEADS"):
         thresholds, labels = cfg.MODEL[name].IOU_THRESHOLDS, f"MODEL.{name}.IOU_LABELS"
         is_right = len(get_key(cfg, labels)) == len(thresholds) + 1

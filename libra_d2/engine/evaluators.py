@@ -3,7 +3,10 @@
 import contextlib
 import importlib.util
 import io
+import sys
+import threading
 from collections.abc import Callable
+from typing import TextIO
 
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -17,6 +20,19 @@ from detectron2.evaluation.coco_evaluation import _evaluate_box_proposals
 __all__ = ["QuietCOCOEvaluator", "choose_evaluator"]
 
 
+class _QuietThread(io.TextIOBase):
+    """A stream that drops what this thread prints, and hands on what others do."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self.thread else self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
 class QuietCOCOEvaluator(COCOEvaluator):
     """detectron2's COCO evaluator; of box proposals it tells AR at 300 too (Libra R-CNN, table 3).
 
@@ -25,7 +41,7 @@ class QuietCOCOEvaluator(COCOEvaluator):
 
     def evaluate(self, img_ids=None):
         # What is logged is not caught: its handlers hold the real stdout.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(_QuietThread(sys.stdout)):
             return super().evaluate(img_ids)
 
     def _eval_box_proposals(self, predictions):

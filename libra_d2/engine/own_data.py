@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import NUM_CLASSES, get_key, set_key
 from libra_d2.data.coco_json import read_coco
@@ -66,18 +67,24 @@ def register_data(cfg: CfgNode) -> None:
 
 
 def _classes(name: str, sources: dict[str, Source]) -> list[str]:
-    """The names of a data set's classes; none if it does not tell."""
+    """The names of a data set's classes; none if it does not tell.
+
+    What is wrong with a registered one is said by the checks of data sets.
+    """
     if name in sources:
         return sources[name].classes
     if name not in DatasetCatalog.list():
-        return []  # which is said by the checks of data sets
+        return []
     metadata = MetadataCatalog.get(name)
-    if not metadata.get("thing_classes") and metadata.get("json_file") and name not in SPLITS:
-        try:
-            return read_coco(metadata.json_file).class_names()
-        except (OSError, ValueError):
-            return []  # likewise
-    return list(metadata.get("thing_classes", ()))
+    classes, file = metadata.get("thing_classes"), metadata.get("json_file")
+    if name in SPLITS:  # which may not have been drawn yet
+        return list(classes)
+    try:
+        if not all(map(PathManager.exists, filter(None, (file, metadata.get("dirname"))))):
+            return []
+        return list(classes or (read_coco(file).class_names() if file else ()))
+    except (OSError, ValueError):
+        return []
 
 
 def _fill_num_classes(cfg: CfgNode, key: str, number: int) -> None:

@@ -61,10 +61,10 @@ def draw(
     side = max(image.shape[:2])
     width, font = max(1, round(side / 400)), _font(max(11, round(side / 55)))
     for i in order:
+        pen.rectangle(boxes[i].tolist(), outline=color_of(int(class_ids[i])), width=width)
+    for i in order:  # above all boxes, to be read
         color = color_of(int(class_ids[i]))
-        corners = boxes[i].tolist()
-        pen.rectangle(corners, outline=color, width=width)
-        _write(pen, labels[i], corners[0], corners[1], color, font, picture.size)
+        _write(pen, labels[i], boxes[i, 0], boxes[i, 1], color, font, picture.size)
     return np.asarray(picture)
 
 

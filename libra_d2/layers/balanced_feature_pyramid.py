@@ -120,7 +120,9 @@ class BalancedFeaturePyramid(nn.Module):
 
 
 def _add(level: Tensor, resized: Tensor, refined: Tensor) -> Tensor:
-    if resized is refined or resized.dtype != level.dtype:
+    # What gathers maxima needs them for its gradient.
+    is_shared = resized is refined or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if is_shared or resized.dtype != level.dtype:
         return level + resized
     # In place: the finest level is by far the largest, and nobody needs a second copy of it.
     return resized.add_(level)

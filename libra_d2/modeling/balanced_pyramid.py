@@ -1,11 +1,11 @@
 """The balanced feature pyramid around any other."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 from libra_d2.layers import BalancedFeaturePyramid
 
@@ -43,8 +43,6 @@ class BalancedPyramid(Backbone):
         self.pyramid = pyramid
         self.bfp = bfp
         self.in_features = names
-        self._prefix = ""  # where in the model it stands, once weights have been loaded
-        self.register_load_state_dict_post_hook(_name_plainly)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Levels by name, as the pyramid gives them, from images (N, C, H, W)."""
@@ -75,27 +73,38 @@ class BalancedPyramid(Backbone):
     # The names of weights. A checkpoint's reader sees those of state_dict.
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
+        # Torch's former way to call it.
+        destination, prefix, keep_vars = (*args, *(destination, prefix, keep_vars)[len(args) :])
         options = {"prefix": prefix, "keep_vars": keep_vars}
         destination = self.pyramid.state_dict(destination=destination, **options)
         options["prefix"] += "bfp."
         return self.bfp.state_dict(destination=destination, **options)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args) -> None:
-        self._prefix = prefix
-        for name in list(state_dict):
-            if name.startswith(prefix) and not name.startswith(f"{prefix}bfp."):
-                state_dict[f"{prefix}pyramid.{name[len(prefix) :]}"] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _name_plainly(balanced: BalancedPyramid, incompatible_keys: NamedTuple) -> None:
-    """Calls missing and unexpected weights what files call them."""
-    inner = f"{balanced._prefix}pyramid."
-    for keys in incompatible_keys:
-        keys[:] = [
-            balanced._prefix + key.removeprefix(inner) if key.startswith(inner) else key
-            for key in keys
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args
+    ) -> None:
+        plain = [
+            n for n in state_dict if n.startswith(prefix) and not n.startswith(f"{prefix}bfp.")
         ]
+        plain = {name: state_dict.pop(name) for name in plain}
+        _load(self.pyramid, plain, prefix, local_metadata, *args)
+        # Torch goes on to the pyramid by the name it has here, and shall find what is there.
+        state_dict.update(self.pyramid.state_dict(prefix=f"{prefix}pyramid."))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _load(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args
+) -> None:
+    """Loads a module and all in it, as torch does; ``metadata`` is that of what holds it."""
+    own = dict(metadata)
+    if "version" in own:  # torch wrote the file, whose versions are then those of today's modules
+        own["version"] = module._version
+    module._load_from_state_dict(state_dict, prefix, own, *args)
+    for name, child in module.named_children():
+        inner = f"{prefix}{name}."
+        theirs = {key: value for key, value in state_dict.items() if key.startswith(inner)}
+        _load(child, theirs, inner, metadata, *args)
 
 
 def levels_to_balance(pyramid: Backbone, in_features: Sequence[str] = ()) -> list[str]:

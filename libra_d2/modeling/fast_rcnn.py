@@ -10,7 +10,7 @@ Shape shorthand in this module:
 from dataclasses import asdict
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Instances
@@ -18,10 +18,11 @@ from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import Tensor
 from torch.nn import functional as F
 
+from libra_d2.config import get_key
 from libra_d2.losses import carl_loss
 from libra_d2.ranking import reweight_positives
 
-from .box_losses import BOX_LOSSES, BoxLoss, detectron2s_box_loss
+from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
 from .pisa import Carl, IsrPositive, log_reweighting
 from .switches import refuse_replaced
 
@@ -58,6 +59,11 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         if box_loss is not None:
             refuse_replaced(kwargs, ("box_reg_loss_type", "smooth_l1_beta"), "box_loss")
         super().__init__(input_shape, **kwargs)
+        self._set_switches(box_loss, isr_positive, carl)
+
+    def _set_switches(
+        self, box_loss: BoxLoss | None, isr_positive: IsrPositive | None, carl: Carl | None
+    ) -> None:
         for switch in (isr_positive, carl):
             if switch is not None and self.use_sigmoid_ce:
                 raise ValueError(f"{switch} needs the softmax over classes: use_sigmoid_ce False")
@@ -66,6 +72,24 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         )
         self.isr_positive = isr_positive
         self.carl = carl
+
+    @classmethod
+    def take_over(
+        cls, predictor: FastRCNNOutputLayers, cfg: CfgNode
+    ) -> "LibraFastRCNNOutputLayers":
+        """detectron2's output layers, their weights and settings, with the losses of a config.
+
+        Args:
+            predictor: detectron2's own; its parameters are shared.
+            cfg: names the losses; with one of detectron2's box losses the predictor's stays.
+        """
+        taken = cls.__new__(cls)
+        taken.__dict__.update(predictor.__dict__)
+        key = "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE"
+        keeps = get_key(cfg, key) in DETECTRON2S
+        box_loss = None if keeps else BOX_LOSSES.make(key, cfg)
+        taken._set_switches(box_loss, IsrPositive.from_config(cfg), Carl.from_config(cfg))
+        return taken
 
     @classmethod
     def from_config(cls, cfg, input_shape):

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec, cat
-from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.layers import cat
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.modeling.roi_heads import (
@@ -19,6 +18,8 @@ from detectron2.modeling.roi_heads import (
 from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Instances, pairwise_iou
 from torch import Tensor, nn
+
+from libra_d2.config import get_key
 
 from .box_losses import DETECTRON2S
 from .fast_rcnn import LibraFastRCNNOutputLayers
@@ -42,6 +43,14 @@ __all__ = [
 ]
 
 
+# Switches that output layers read.
+_OF_THE_PREDICTOR = (
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
+    "MODEL.PISA.ISR_POSITIVE.ENABLED",
+    "MODEL.PISA.CARL.ENABLED",
+)
+
+
 class BalancedSampling:
     """Mixed into ROI heads, before their class, it gives them balanced sampling and losses.
 
@@ -51,7 +60,7 @@ class BalancedSampling:
         class MyBalancedROIHeads(BalancedSampling, MyROIHeads): ...
 
     Made from a config, output layers that are detectron2's own are replaced by
-    :class:`LibraFastRCNNOutputLayers`, of the same weights.
+    :class:`LibraFastRCNNOutputLayers`, of the same weights and settings.
 
     Switches: ``MODEL.ROI_HEADS.POSITIVE_SAMPLER``, ``MODEL.ROI_HEADS.NEGATIVE_SAMPLER``,
     ``MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE`` and ``MODEL.PISA``. With all of them at their defaults
@@ -291,19 +300,17 @@ def _check_predictor(sampler: Sampler, predictor: nn.Module) -> None:
 
 
 def _replace_predictor(cfg, predictor: nn.Module) -> nn.Module:
-    """The same predictor with this project's losses; any but detectron2's own stays as it is.
-
-    The weights that detectron2 has drawn are taken over and no other random numbers are drawn, so
-    that the same seed gives the same model.
-    """
-    if type(predictor) is not FastRCNNOutputLayers:
-        return predictor
-    transform = Box2BoxTransform(weights=predictor.box2box_transform.weights)
-    shape = ShapeSpec(channels=predictor.cls_score.in_features)
-    with torch.random.fork_rng(devices=[]):
-        replaced = LibraFastRCNNOutputLayers(cfg, shape, box2box_transform=transform)
-    replaced.load_state_dict(predictor.state_dict())
-    return replaced
+    """detectron2's own output layers with this project's losses; any other stay as they are."""
+    if type(predictor) is FastRCNNOutputLayers:
+        return LibraFastRCNNOutputLayers.take_over(predictor, cfg)
+    if not isinstance(predictor, LibraFastRCNNOutputLayers):
+        for key in _OF_THE_PREDICTOR:
+            if get_key(cfg, key) not in BalancedSampling.switches[key]:
+                raise ValueError(
+                    f"{key} {get_key(cfg, key)} needs output layers that are "
+                    f"LibraFastRCNNOutputLayers, got {type(predictor).__name__}"
+                )
+    return predictor
 
 
 def _range(start: int, instances: Instances) -> Tensor:

@@ -194,7 +194,16 @@ class ScoreHlrSampler:
     @classmethod
     def from_config(cls, cfg: CfgNode, head: str) -> "ScoreHlrSampler":
         former = {k.lower(): v for k, v in cfg.MODEL.ROI_HEADS.SCORE_HLR.items() if v is not None}
-        with naming_keys(cfg, "MODEL.ROI_HEADS.SCORE_HLR"):
+        group, new = "MODEL.ROI_HEADS.SCORE_HLR", cfg.MODEL.PISA.ISR_NEGATIVE
+        for name, value in former.items():
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{group}.{name.upper()} must be a number, got {value}")
+            if new[name.upper()] not in (getattr(cls, name), value):
+                raise ValueError(
+                    f"{group}.{name.upper()} {value} is the former name of MODEL.PISA.ISR_NEGATIVE."
+                    f"{name.upper()}, which is {new[name.upper()]}; give one of them"
+                )
+        with naming_keys(cfg, group):
             cls(**former)  # what is wrong there is refused by that name
         return from_keys(cls, cfg, "MODEL.PISA.ISR_NEGATIVE", **former)
 
