@@ -188,7 +188,10 @@ def test_lvis_annotations_pass_the_checks(tmp_path):
     try:
         for for_training in (True, False):
             check_dataset(
-                "tiny_lvis", for_training=for_training, num_classes=10, num_classes_key="NUM_CLASSES"
+                "tiny_lvis",
+                for_training=for_training,
+                num_classes=10,
+                num_classes_key="NUM_CLASSES",
             )
     finally:
         DatasetCatalog.remove("tiny_lvis")

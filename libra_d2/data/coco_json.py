@@ -24,6 +24,12 @@ class Image(msgspec.Struct, kw_only=True, omit_defaults=True):
     coco_url: Name | None = None  # what LVIS names its images by
 
 
+def make_image(image_id: int, file_name: str, size: tuple[int, int] | str) -> Image:
+    """One whose height and width are known; or 1 and 1 if ``size`` says what is wrong with it."""
+    height, width = (1, 1) if isinstance(size, str) else size
+    return Image(id=image_id, file_name=file_name, height=height, width=width)
+
+
 class Category(msgspec.Struct, kw_only=True):
     """One class."""
 

@@ -76,7 +76,7 @@ def find_box_problems(coco: Coco) -> list[Problem]:
         if bad:
             first, image = bad[0]
             box = ", ".join(f"{x:g}" for x in first.bbox)
-            what = f"has {len(bad)} {kind}, the first {box} in image '{_name(image)}'"
+            what = f"has {kind}: {len(bad)}, the first {box} in image '{_name(image)}'"
             found.append(Problem(what, is_fatal, tuple(a.id for a, _ in bad)))
     return found
 
@@ -93,7 +93,7 @@ def find_image_problems(coco: Coco, root: Path) -> list[Problem]:
             bad["have another size"].append((image, what))
     return [
         Problem(
-            f"has {len(images)} images that {kind}, the first '{root / _name(images[0][0])}', "
+            f"has images that {kind}: {len(images)}, the first '{root / _name(images[0][0])}', "
             f"which {images[0][1]}",
             is_fatal=True,
             image_ids=tuple(image.id for image, _ in images),

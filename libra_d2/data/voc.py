@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 from libra_d2.config import suggest
 
-from .coco_json import Annotation, Category, Coco, Image
+from .coco_json import Annotation, Category, Coco, make_image
 from .images import IMAGE_SUFFIXES, examine
 
 __all__ = ["read_voc"]
@@ -16,7 +16,7 @@ def read_voc(root: Path, split: str) -> Coco:
 
     Boxes are taken as VOC defines them: corners are pixels counted from 1, both inside the box.
     Difficult objects become crowd regions, which are neither trained on nor scored. Sizes are the
-    image files' own.
+    image files' own; an image that cannot be read has none, and no objects.
 
     Args:
         root: the folder of Annotations, JPEGImages and ImageSets.
@@ -43,30 +43,23 @@ def read_voc(root: Path, split: str) -> Coco:
         for file in sorted((root / "JPEGImages").iterdir())
         if file.suffix.lower() in IMAGE_SUFFIXES
     }
-    missing = [name for name in names if name not in files]
-    if missing:
-        raise ValueError(
-            f"{root} has no image of '{missing[0]}' in JPEGImages, nor of {len(missing) - 1} others"
-        )
+    files = {name: files.get(name, f"{name}.jpg") for name in names}
     objects = [_read_objects(root / "Annotations" / f"{name}.xml") for name in names]
     classes = {name: i for i, name in enumerate(sorted({o[0] for os in objects for o in os}), 1)}
     if not classes:
         raise ValueError(f"{root} has no object in split '{split}'")
     sizes = examine([root / "JPEGImages" / files[name] for name in names])
-    for name, size in zip(names, sizes, strict=True):
-        if isinstance(size, str):
-            others = sum(isinstance(other, str) for other in sizes) - 1
-            raise ValueError(f"{root}/JPEGImages/{files[name]} {size}; nor can {others} others")
     images = [
-        Image(id=i, file_name=files[name], height=size[0], width=size[1])
+        make_image(i, files[name], size)
         for i, (name, size) in enumerate(zip(names, sizes, strict=True), start=1)
     ]
     annotations = [
         Annotation(
             id=0, image_id=i, category_id=classes[name], bbox=box, area=box[2] * box[3], iscrowd=d
         )
-        for i, own in enumerate(objects, start=1)
+        for i, (own, size) in enumerate(zip(objects, sizes, strict=True), start=1)
         for name, box, d in own
+        if not isinstance(size, str)
     ]
     for i, annotation in enumerate(annotations, start=1):
         annotation.id = i

@@ -8,7 +8,7 @@ import yaml
 
 from libra_d2.config import suggest
 
-from .coco_json import Annotation, Category, Coco, Image
+from .coco_json import Annotation, Category, Coco, Image, make_image
 from .images import examine, find_images
 
 __all__ = ["read_yolo"]
@@ -25,7 +25,8 @@ def read_yolo(file: Path, split: str) -> tuple[Coco, Path]:
 
     Returns:
         Its images and objects, the classes in the yaml's order; and the folder that the names of
-        images are relative to. An image without a file of labels is one without objects.
+        images are relative to. An image without a file of labels is one without objects, and so is
+        one that cannot be read.
 
     Raises:
         ValueError: naming the file and what is wrong.
@@ -54,23 +55,20 @@ def read_yolo(file: Path, split: str) -> tuple[Coco, Path]:
             f"be {labels[0]}"
         )
     sizes = examine(paths)
-    for path, size in zip(paths, sizes, strict=True):
-        if isinstance(size, str):
-            others = sum(isinstance(other, str) for other in sizes) - 1
-            raise ValueError(f"{path} {size}; nor can {others} others")
     root = Path(os.path.commonpath([path.parent for path in paths]))
     coco = Coco(
         images=[
-            Image(id=i, file_name=str(path.relative_to(root)), height=size[0], width=size[1])
+            make_image(i, str(path.relative_to(root)), size)
             for i, (path, size) in enumerate(zip(paths, sizes, strict=True), start=1)
         ],
         categories=[Category(id=i, name=name) for i, name in enumerate(classes, start=1)],
         annotations=[],
     )
-    for image, label in zip(coco.images, labels, strict=True):
+    for image, label, size in zip(coco.images, labels, sizes, strict=True):
         for annotation in _read_labels(label, image, len(classes)):
             annotation.id = len(coco.annotations) + 1
-            coco.annotations.append(annotation)
+            if not isinstance(size, str):
+                coco.annotations.append(annotation)
     return coco, root
 
 

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from libra_d2.checkpoint import write_whole
+from libra_d2.drawing import draw, make_sheet
 
-from .drawing import draw, make_sheet
 from .inputs import Images, Item
 from .result import Result
 

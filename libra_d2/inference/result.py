@@ -54,7 +54,7 @@ class Result:
 
     def plot(self) -> np.ndarray:
         """The image with what was found, (H, W, 3) uint8, RGB."""
-        from .drawing import draw
+        from libra_d2.drawing import draw
 
         labels = [f"{n} {s:.0%}" for n, s in zip(self.class_names, self.scores, strict=True)]
         return draw(self.image, self.boxes, self.class_ids, labels, self.masks)
