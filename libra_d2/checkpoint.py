@@ -220,10 +220,11 @@ def check_output(path: str, overwrite: bool) -> None:
 
 
 def write_whole(path: str, write: Callable[[str], None]) -> None:
-    """Lets ``write`` write beside ``path`` and moves the outcome there."""
+    """Lets ``write`` write beside ``path`` and moves the outcome there, for all to read."""
     beside = f"{path}.partial"
     try:
         write(beside)
+        os.chmod(beside, 0o644)  # safetensors' are for the owner alone
         os.replace(beside, path)
     except BaseException:
         Path(beside).unlink(missing_ok=True)

@@ -70,14 +70,18 @@ class TestPredict:
 class TestExport:
     def checkpoint(self, folder):
         model = {"a.weight": torch.randn(2, 3), "b": torch.zeros(())}
-        torch.save({"model": model, "optimizer": {"state": 1}, "iteration": 9}, folder / "in.pth")
+        content = {"model": model, "optimizer": {"state": 1}, "iteration": 9, "class_names": ["ä"]}
+        torch.save(content, folder / "in.pth")
         return model
 
-    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    def test_strips_and_records(self, suffix, tmp_path):
+    @pytest.mark.parametrize(("suffix", "logged"), [(".pth", 9), (".safetensors", 10)])
+    def test_strips_and_records(self, suffix, logged, tmp_path):
+        """A run's last evaluation is logged with the iteration after its last."""
         model = self.checkpoint(tmp_path)
         (tmp_path / "config.yaml").write_text((CONFIGS / "Base-RCNN-FPN.yaml").read_text())
-        (tmp_path / "metrics.json").write_text('{"iteration": 9, "bbox/AP": 12.5, "x": 1}\n')
+        records = [(5, 11.0), (logged, 12.5), (15, 13.0)]
+        lines = [{"iteration": i, "bbox/AP": ap, "x": 1} for i, ap in records]
+        (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
         out = tmp_path / f"out{suffix}"
         result = run_tool("export_weights.py", tmp_path / "in.pth", out)
         assert result.returncode == 0, result.stderr
@@ -86,7 +90,10 @@ class TestExport:
         assert "optimizer" not in content
         record = json.loads((tmp_path / "out.json").read_text())
         assert record["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
-        assert record["metrics"] == {"iteration": 9, "bbox/AP": 12.5}
+        assert record["metrics"] == {"iteration": logged, "bbox/AP": 12.5}
+        assert record["class_names"] == ["ä"]
+        for written in (out, out.with_suffix(".json"), out.with_suffix(".yaml")):
+            assert written.stat().st_mode & 0o777 == 0o644
         assert "LibraROIHeads" in record["config"] and record["sha256"] in result.stdout
 
     def test_bad_input(self, tmp_path):

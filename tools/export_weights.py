@@ -3,9 +3,10 @@
 
 python tools/export_weights.py output/RUN/model_final.pth OUT.safetensors
 
-Optimizer and schedule are left out. Beside OUT it writes OUT's name with .json: the sha256 of OUT,
-the config and the last metrics of the run, if config.yaml and metrics.json lie beside the
-checkpoint or are given.
+Optimizer and schedule are left out. Beside OUT it writes, under its name, .json with its sha256,
+names of classes, and the metrics of the checkpoint's own iteration; and .yaml, the config, with
+which tools/predict.py takes OUT: if metrics.json and config.yaml lie beside the checkpoint or are
+given.
 """
 
 import argparse
@@ -39,8 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_model(path: str) -> dict[str, Tensor]:
-    content = read_weights(path)
+def find_model(content: dict, path: str) -> dict[str, Tensor]:
     model = content.get("model", content)
     if not isinstance(model, dict) or not any(isinstance(v, Tensor) for v in model.values()):
         raise ValueError(f"'{path}' is not a checkpoint of a model")
@@ -56,8 +56,11 @@ def read_config(given: str | None, beside: Path) -> str:
     return path.read_text()
 
 
-def read_metrics(given: str | None, beside: Path) -> dict[str, float]:
-    """The last evaluation's numbers in a run's metrics.json; none if there is none."""
+def read_metrics(given: str | None, beside: Path, iteration: int | None) -> dict[str, float]:
+    """The numbers in a run's metrics.json of the evaluation at an iteration; none if there is none.
+
+    The evaluation at the end of a run is logged with the iteration that would come next.
+    """
     path = Path(given) if given else beside / "metrics.json"
     if not path.is_file():
         if given is None:
@@ -71,28 +74,37 @@ def read_metrics(given: str | None, beside: Path) -> dict[str, float]:
         ]
     except (ValueError, AttributeError):
         raise ValueError(f"'{path}' is not a run's metrics.json, one object a line") from None
-    found = [record for record in found if len(record) > 1]
-    return found[-1] if found else {}
+    by_iteration = {r.get("iteration"): r for r in found if len(r) > 1}
+    if iteration is None:
+        return {}
+    return by_iteration.get(iteration) or by_iteration.get(iteration + 1, {})
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     with one_sentence_errors(parser.prog):
-        side = f"{Path(args.output).with_suffix('')}.json"
+        side, config_file = (str(Path(args.output).with_suffix(end)) for end in (".json", ".yaml"))
         check_output(args.output, args.overwrite)
-        if Path(side).exists() and not args.overwrite:
-            raise ValueError(f"'{side}' exists; give --overwrite to replace it")
+        for path in (side, config_file):
+            if Path(path).exists() and not args.overwrite:
+                raise ValueError(f"'{path}' exists; give --overwrite to replace it")
         if Path(args.input).resolve() == Path(args.output).resolve():
             raise ValueError(f"'{args.input}' would replace itself; give another output")
-        model = read_model(args.input)
+        content = read_weights(args.input)
+        model = find_model(content, args.input)
         beside = Path(args.input).parent
         record = {
             "config": read_config(args.config_file, beside),
-            "metrics": read_metrics(args.metrics, beside),
+            "class_names": list(content.get("class_names", ())),
+            "iteration": content.get("iteration"),
+            "metrics": read_metrics(args.metrics, beside, content.get("iteration")),
         }
-        meta = {"config": record["config"], "metrics": json.dumps(record["metrics"])}
+        meta = {name: json.dumps(record[name]) for name in ("class_names", "iteration", "metrics")}
+        meta["config"] = record["config"]
         write_weights(args.output, model, meta, args.overwrite)
+        if record["config"]:
+            write_whole(config_file, lambda path: Path(path).write_text(record["config"]))
         record["sha256"] = hashlib.sha256(Path(args.output).read_bytes()).hexdigest()
         write_whole(side, lambda path: Path(path).write_text(json.dumps(record, indent=1)))
     print(f"wrote {args.output} and {side}")

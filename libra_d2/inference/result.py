@@ -1,7 +1,8 @@
 """What a detector finds in one image, in the forms that people use."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 __all__ = ["Result"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result:
     """The objects found in one image, by falling score.
 
@@ -24,14 +25,19 @@ class Result:
         path: where the image comes from, if that is known.
     """
 
-    image: np.ndarray = field(repr=False)
+    image: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
     class_ids: np.ndarray
-    names: Sequence[str] = field(repr=False)
-    masks: np.ndarray | None = field(default=None, repr=False)
-    keypoints: np.ndarray | None = field(default=None, repr=False)
+    names: Sequence[str]
+    masks: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
     path: str | None = None
+
+    def __repr__(self) -> str:
+        counts = Counter(self.class_names).most_common()
+        what = ", ".join(f"{number} {name}" for name, number in counts)
+        return f"Result({what or 'nothing'}{f' in {self.path}' if self.path else ''})"
 
     def __len__(self) -> int:
         return len(self.boxes)
