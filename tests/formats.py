@@ -11,7 +11,7 @@ from libra_d2.data.digits import Split, make_digits
 NAMES = [f"digit {i}" for i in range(10)]
 
 
-def make_coco(folder: Path, num_images: int = 6, seed: int = 5) -> dict:
+def make_coco(folder: Path, num_images: int = 8, seed: int = 9) -> dict:
     """``annotations.json`` and ``images`` in ``folder``; the content of the former."""
     make_digits(Split(num_images=num_images, seed=seed, training=True), folder)
     content = json.loads((folder / "annotations.json").read_text())

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from libra_d2.data.sources import is_source, open_source, register_source
 
-SPLITS = {"train": [1, 2, 3, 4], "val": [5, 6]}
+SPLITS = {"train": [1, 2, 3, 4, 5, 6], "val": [7, 8]}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_classes_are_matched_by_name(data):
     assert objects_of(name, classes) == expected
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == classes
-    written = json.loads(open(metadata.json_file).read())
+    written = json.loads(Path(metadata.json_file).read_text())
     assert written["annotations"][0]["kept"] == "too"
     assert len(written["categories"]) == 11
 
@@ -132,7 +133,7 @@ def test_difficult_objects_are_crowd_and_useless_boxes_left_out(data):
 
 
 def test_yolo_polygons(data):
-    label = data / "yolo" / "labels" / "val" / "000005.txt"
+    label = data / "yolo" / "labels" / "val" / "000007.txt"
     label.write_text("3 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.6\n")
     source = open_source(f"yolo:{data}/yolo/data.yaml:val")
     image = source.coco.images[0]
@@ -153,8 +154,8 @@ def test_yolo_files_of_exporters(path, data):
     if path:
         content |= {"path": f"{path}/yolo", "train": "images/train"}
     (folder / "data.yaml").write_text(yaml.safe_dump(content))
-    (folder / "val.txt").write_text("images/val/000005.jpg\n./images/val/000006.jpg\n")
-    assert len(open_source(f"yolo:{folder}/data.yaml:train").coco.images) == 4
+    (folder / "val.txt").write_text("images/val/000007.jpg\n./images/val/000008.jpg\n")
+    assert len(open_source(f"yolo:{folder}/data.yaml:train").coco.images) == 6
     assert len(open_source(f"yolo:{folder}/data.yaml:val").coco.images) == 2
 
 

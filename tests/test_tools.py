@@ -47,26 +47,6 @@ class TestAnalyse:
         assert not (tmp_path / output).exists()
 
 
-class TestPredict:
-    CONFIG = ("--config-file", CONFIGS / "Demo" / "libra_faster_rcnn.yaml")
-
-    @pytest.mark.parametrize(
-        ("args", "match"),
-        [
-            (("--images", "nowhere.jpg"), "MODEL.WEIGHTS is empty"),
-            (("--images", "a.jpg", "--score-threshold", "2"), "--score-threshold must be in"),
-            (("--dataset", "digit_val"), "did you mean 'digits_val'"),
-            (("--dataset", "digits_val", "--num-images", "0"), "--num-images must be at least 1"),
-        ],
-    )
-    def test_bad_input(self, args, match, tmp_path):
-        fails("predict.py", [*self.CONFIG, "--output", tmp_path / "out.jpg", *args], match)
-
-    def test_output_must_be_a_picture(self, tmp_path):
-        args = [*self.CONFIG, "--output", tmp_path / "out.txt", "--images", "a.jpg"]
-        fails("predict.py", args, "must end in .jpg or .png")
-
-
 class TestExport:
     def checkpoint(self, folder):
         model = {"a.weight": torch.randn(2, 3), "b": torch.zeros(())}

@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_sentence_errors(parser.prog):
         for name in ("num_images", "columns"):
-            if (getattr(args, name) or 1) < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be at least 1, got {getattr(args, name)}")
+            value, option = getattr(args, name), name.replace("_", "-")
+            if value is not None and value < 1:
+                raise ValueError(f"--{option} must be at least 1, got {value}")
         images = open_images(args.source, args.num_images)
         sinks = open_sinks(vars(args), images)
         detector = Detector(

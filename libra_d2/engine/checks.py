@@ -133,7 +133,7 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
     }
     fields = ("segmentation",) * cfg.MODEL.MASK_ON + ("keypoints",) * cfg.MODEL.KEYPOINT_ON
     if not eval_only and not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty; name a registered data set")
+        raise ValueError("DATASETS.TRAIN is empty; name a data set with --train")
     for name in () if eval_only else cfg.DATASETS.TRAIN:
         check_dataset(name, for_training=True, fields=fields, **classes)
     for name in cfg.DATASETS.TEST:

@@ -42,6 +42,22 @@ class _EpochLogger(logging.LoggerAdapter):
         )
 
 
+class _Writer(hooks.PeriodicWriter):
+    """Writes after each evaluation too, whose numbers the next would replace."""
+
+    def __init__(self, writer: hooks.PeriodicWriter, eval_period: int):
+        super().__init__(writer._writers, writer._period)
+        self._eval_period = eval_period
+
+    def after_step(self) -> None:
+        super().after_step()
+        following = self.trainer.iter + 1
+        is_evaluated = self._eval_period > 0 and following % self._eval_period == 0
+        if is_evaluated and following % self._period and following != self.trainer.max_iter:
+            for writer in self._writers:
+                writer.write()
+
+
 class LibraTrainer(DefaultTrainer):
     """Trains and evaluates any detectron2 model from its config.
 
@@ -113,6 +129,9 @@ class LibraTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """The parent's; with ``TEST.AUG.ENABLED`` an evaluation with augmentation, at the end."""
         ret = super().build_hooks()
+        for hook in ret:
+            if isinstance(hook, hooks.PeriodicWriter):
+                ret[ret.index(hook)] = _Writer(hook, self.cfg.TEST.EVAL_PERIOD)
         if self.cfg.TEST.AUG.ENABLED:
             # Before the writers, which come last, so that its numbers are written too.
             writers = [i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicWriter)]

@@ -1,0 +1,459 @@
+"""From a folder of images and labels to predictions, by commands alone."""
+
+import csv
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from formats import NAMES, make_coco, make_voc, make_yolo
+from PIL import Image
+from test_run import fails, fresh_loggers, metrics  # noqa: F401  (a fixture)
+from toys import CONFIGS, TOY, run_tool
+
+from libra_d2 import Detector
+from libra_d2.checkpoint import read_weights
+from libra_d2.data.sources import is_source
+from libra_d2.drawing import color_of
+from libra_d2.engine import load_config, main
+from libra_d2.inference import Result
+
+SPLITS = {"train": [1, 2, 3, 4, 5, 6], "val": [7, 8]}
+FINETUNE = sorted(path.name for path in (CONFIGS / "Finetune").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set with masks, in all three formats."""
+    folder = tmp_path_factory.mktemp("own")
+    content = make_coco(folder / "coco")
+    make_voc(folder / "voc", content, folder / "coco" / "images", SPLITS)
+    make_yolo(folder / "yolo", content, folder / "coco" / "images", SPLITS)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    yield
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        for name in filter(is_source, catalog.list()):
+            catalog.remove(name)
+
+
+def sources(data, form):
+    if form == "coco":
+        return (f"coco:{data}/coco/annotations.json",) * 2
+    place = data / "voc" if form == "voc" else data / "yolo" / "data.yaml"
+    return f"{form}:{place}:train", f"{form}:{place}:val"
+
+
+def command(train, val, output, *opts, config="libra_faster_rcnn_small_cpu.yaml", flags=()):
+    """A toy run of a config of configs/Finetune; the number of classes is left to the data."""
+    toy = list(TOY)
+    for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
+        at = toy.index(key)
+        del toy[at : at + 2]
+    epochs = [("SOLVER.MAX_EPOCHS", 1), ("SOLVER.STEP_EPOCHS", ()), ("SOLVER.WARMUP_EPOCHS", 0)]
+    # Untrained models find something too, that there be something to score.
+    epochs += [(f"MODEL.{head}.SCORE_THRESH_TEST", 0.0) for head in ("ROI_HEADS", "RETINANET")]
+    toy += [part for pair in epochs for part in pair]
+    return [
+        *("--config-file", str(CONFIGS / "Finetune" / config), *flags),
+        *("--train", train, "--val", val, "--output", str(output), *map(str, [*toy, *opts])),
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run on VOC's format that has seen each image twice."""
+    output = tmp_path_factory.mktemp("run") / "mine"
+    names = sources(data, "voc")
+    main(command(*names, output, "SOLVER.MAX_EPOCHS", 2, "SOLVER.BASE_LR", 0.001))
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        for name in filter(is_source, catalog.list()):
+            catalog.remove(name)
+    return output
+
+
+@pytest.mark.parametrize("form", ["coco", "voc", "yolo"])
+@pytest.mark.parametrize("config", FINETUNE)
+def test_every_config_trains_on_every_format(config, form, data, tmp_path):
+    if "mask" in config and form != "coco":
+        pytest.skip("without masks")
+    main(command(*sources(data, form), tmp_path / "run", config=config))
+    cfg = load_config(str(tmp_path / "run" / "config.yaml"))
+    used = NAMES if form != "voc" else sorted(cfg.DATASETS.CLASS_NAMES)
+    assert used == cfg.DATASETS.CLASS_NAMES and len(used) > 5
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == len(used)
+    assert read_weights(str(tmp_path / "run" / "model_final.pth"))["class_names"] == used
+    assert f"bbox/AP-{used[0]}" in metrics(tmp_path / "run")[-1]
+
+
+def test_epochs_are_of_the_data(data, tmp_path, capsys):
+    """Six images, two at once: three iterations an epoch."""
+    opts = ("SOLVER.MAX_EPOCHS", 4, "SOLVER.STEP_EPOCHS", "(2, 3)", "SOLVER.WARMUP_EPOCHS", 0.5)
+    opts += ("SOLVER.CHECKPOINT_EPOCHS", 2, "TEST.EVAL_EPOCHS", 1)
+    opts += ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
+    main(command(*sources(data, "yolo"), tmp_path, *opts))
+    cfg = load_config(str(tmp_path / "config.yaml"))
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == (12, (6, 9), 2)
+    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD) == (6, 3)
+    assert {f.name for f in tmp_path.glob("model*")} >= {"model_0000005.pth", "model_final.pth"}
+    assert [r["iteration"] for r in metrics(tmp_path) if "bbox/AP" in r] == [2, 5, 8, 12]
+    assert " epoch: 4.00/4  " in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_is_resumed_and_evaluated_without_the_training_data(data, tmp_path, capsys):
+    mine = shutil.copytree(data, tmp_path / "data")
+    names = sources(mine, "voc")
+    argv = command(*names, tmp_path / "run")
+    main(argv)
+    main([*command(*names, tmp_path / "run", "SOLVER.MAX_EPOCHS", 2, flags=["--resume"])])
+    assert metrics(tmp_path / "run")[-1]["iteration"] == 6
+    (mine / "voc" / "ImageSets" / "Main" / "train.txt").unlink()
+    config = str(tmp_path / "run" / "config.yaml")
+    weights = str(tmp_path / "run" / "model_final.pth")
+    capsys.readouterr()
+    main(["--eval-only", "--config-file", config, "MODEL.WEIGHTS", weights])
+    assert "AP" in capsys.readouterr().out
+
+
+def test_permuted_ids_in_validation_change_nothing(data, trained, tmp_path, capsys):
+    content = json.loads((data / "coco" / "annotations.json").read_text())
+    names = load_config(str(trained / "config.yaml")).DATASETS.CLASS_NAMES
+    content["categories"] = [c for c in content["categories"] if c["name"] in names]
+    numbers = []
+    for order in (1, -1):
+        ids = {c["id"]: i for i, c in enumerate(content["categories"][::order], start=1)}
+        permuted = {
+            "images": content["images"],
+            "categories": [{**c, "id": ids[c["id"]]} for c in content["categories"]],
+            "annotations": [
+                {**a, "category_id": ids[a["category_id"]]} for a in content["annotations"]
+            ],
+        }
+        file = tmp_path / f"{order}.json"
+        file.write_text(json.dumps(permuted))
+        spec = f"coco:{file}:{data}/coco/images"
+        argv = ["--eval-only", "--config-file", str(trained / "config.yaml"), "--val", spec]
+        capsys.readouterr()
+        main([*argv, "MODEL.WEIGHTS", str(trained / "model_final.pth")])
+        out = capsys.readouterr().out
+        numbers.append([line.split(": ")[-1] for line in out.splitlines() if "copypaste" in line])
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 3
+
+
+class TestBadData:
+    def test_another_number_of_classes(self, data, tmp_path, capsys):
+        argv = command(*sources(data, "yolo"), tmp_path / "out", "MODEL.ROI_HEADS.NUM_CLASSES", 80)
+        fails(capsys, argv, "NUM_CLASSES is 80 but the data have 10 classes; leave it out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_class_that_validation_has_alone(self, data, tmp_path, capsys):
+        mine = shutil.copytree(data / "yolo", tmp_path / "yolo")
+        content = yaml.safe_load((mine / "data.yaml").read_text())
+        content["names"][3] = "digit3"
+        (mine / "other.yaml").write_text(yaml.safe_dump(content))
+        names = (sources(data, "yolo")[0], f"yolo:{mine}/other.yaml:val")
+        fails(capsys, command(*names, tmp_path / "out"), "'digit3'.*did you mean 'digit 3'")
+
+    def test_no_data(self, capsys, tmp_path):
+        config = str(CONFIGS / "Finetune" / FINETUNE[0])
+        fails(capsys, ["--config-file", config], "DATASETS.TRAIN is empty; name a data set")
+
+    def test_epochs_below_zero(self, data, tmp_path, capsys):
+        argv = command(*sources(data, "yolo"), tmp_path, "SOLVER.MAX_EPOCHS", -1)
+        fails(capsys, argv, "SOLVER.MAX_EPOCHS must not be negative, got -1")
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda b, w, h: [b[0], b[1], b[0] + b[2], b[1] + b[3]], "look like x1, y1, x2, y2"),
+            (lambda b, w, h: [b[0] / w, b[1] / h, b[2] / w, b[3] / h], r"has boxes in \[0, 1\]"),
+            (lambda b, w, h: [b[0], b[1], -b[2], b[3]], "has boxes of negative size"),
+        ],
+    )
+    def test_boxes_in_another_format(self, change, match, data, tmp_path, capsys):
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        sizes = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
+        for a in content["annotations"]:
+            a["bbox"] = change(a["bbox"], *sizes[a["image_id"]])
+        file = tmp_path / "bad.json"
+        file.write_text(json.dumps(content))
+        name = f"coco:{file}:{data}/coco/images"
+        fails(capsys, command(name, sources(data, "coco")[0], tmp_path / "out"), match)
+        result = run_tool("inspect_dataset.py", name, "--report", "", "--mend", tmp_path / "m.json")
+        assert result.returncode == 1 and "PROBLEM: " in result.stdout, result.stderr
+        mended = f"coco:{tmp_path}/m.json:{data}/coco/images"
+        assert run_tool("inspect_dataset.py", mended, "--report", "").returncode == 0
+        boxes = [a["bbox"] for a in json.loads((tmp_path / "m.json").read_text())["annotations"]]
+        good = json.loads((data / "coco" / "annotations.json").read_text())["annotations"]
+        if "negative" not in match:
+            np.testing.assert_allclose(boxes, [a["bbox"] for a in good], atol=1e-6)
+
+    def test_images_that_cannot_be_used(self, data, tmp_path, capsys):
+        mine = shutil.copytree(data, tmp_path / "data")
+        file = mine / "yolo" / "images" / "train" / "000002.jpg"
+        file.write_bytes(file.read_bytes()[:2000])
+        names = sources(mine, "yolo")
+        match = "images that cannot be used: 1, the first '.*000002.jpg', which cannot be read"
+        fails(capsys, command(*names, tmp_path / "out"), match)
+        result = run_tool("inspect_dataset.py", *names, "--report", "")
+        assert result.returncode == 1 and "000002.jpg" in result.stdout
+        (mine / "voc" / "JPEGImages" / "000001.jpg").unlink()
+        (mine / "voc" / "JPEGImages" / "000003.jpg").unlink()
+        match = "images that cannot be used: 2, the first '.*000001.jpg', which does not exist"
+        fails(capsys, command(*sources(mine, "voc"), tmp_path / "out"), match)
+
+
+class TestInspect:
+    def test_tells_what_there_is_and_writes_a_report(self, data, tmp_path):
+        train, val = sources(data, "voc")
+        result = run_tool("inspect_dataset.py", train, val, "--report", tmp_path / "r.html")
+        assert result.returncode == 0, result.stderr
+        assert "6 images" in result.stdout and "classes: digit 0" in result.stdout
+        report = (tmp_path / "r.html").read_text()
+        assert report.count("data:image/jpeg") == 8 and report.count("data:image/png") == 8
+        assert "src=" in report and 'src="http' not in report
+
+    def test_the_same_image_in_both_splits(self, data, tmp_path):
+        """Compressed again, and under another name."""
+        mine = shutil.copytree(data / "yolo", tmp_path / "yolo")
+        image = cv2.imread(str(mine / "images" / "train" / "000001.jpg"))
+        cv2.imwrite(str(mine / "images" / "val" / "other.png"), image)
+        names = (f"yolo:{mine}/data.yaml:train", f"yolo:{mine}/data.yaml:val")
+        result = run_tool("inspect_dataset.py", *names, "--report", "")
+        assert "share: 1, such as" in result.stdout and "other.png" in result.stdout
+
+    def test_escapes_what_files_are_called(self, data, tmp_path):
+        mine = shutil.copytree(data / "coco", tmp_path / "coco")
+        content = json.loads((mine / "annotations.json").read_text())
+        content["categories"][1]["name"] = "<script>alert(1)</script>"
+        (mine / "annotations.json").write_text(json.dumps(content))
+        name = f"coco:{mine}/annotations.json"
+        result = run_tool("inspect_dataset.py", name, "--report", tmp_path / "r.html")
+        assert result.returncode == 0, result.stderr
+        report = (tmp_path / "r.html").read_text()
+        assert "<script>" not in report and "&lt;script&gt;" in report
+
+    def test_mended_data_lack_what_was_wrong(self, data, tmp_path):
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        first, width = content["annotations"][0], content["images"][0]["width"]
+        extra = [
+            {**first, "id": 1001, "bbox": [5, 5, 0, 9]},
+            {**first, "id": 1002, "bbox": [width + 50, 5, 9, 9]},
+            {**first, "id": 1003},
+            {**first, "id": 1004, "bbox": [width - 20, 5, 90, 30]},
+        ]
+        content["images"].append({"id": 99, "file_name": "gone.jpg", "height": 9, "width": 9})
+        content["images"][1]["width"] += 1
+        content["annotations"] += extra
+        file = tmp_path / "bad.json"
+        file.write_text(json.dumps(content))
+        args = (f"coco:{file}:{data}/coco/images", "--report", "", "--mend", tmp_path / "m.json")
+        result = run_tool("inspect_dataset.py", *args)
+        assert result.returncode == 1
+        for what in ("without extent: 1", "outside of their image: 1", "marked twice: 1"):
+            assert what in result.stdout
+        for what in ("leave their image: 1", "cannot be used: 1", "have another size: 1"):
+            assert what in result.stdout
+        mended = json.loads((tmp_path / "m.json").read_text())
+        ids = {a["id"]: a for a in mended["annotations"]}
+        assert not {1001, 1002, 1003} & ids.keys() and ids[1004]["bbox"] == [width - 20, 5, 20, 30]
+        assert len(mended["images"]) == 8 and ids[1]["segmentation"] == first["segmentation"]
+        assert run_tool("inspect_dataset.py", *args).returncode == 2  # it exists
+
+    def test_anchors_that_miss(self, data):
+        sizes = "[[256], [512], [1024], [2048], [4096]]"
+        args = (sources(data, "coco")[0], "--report", "", "--opts", "INPUT.MIN_SIZE_TEST", "800")
+        result = run_tool("inspect_dataset.py", *args, "MODEL.ANCHOR_GENERATOR.SIZES", sizes)
+        assert "than the smallest anchor of 256: multiply" in result.stdout
+        result = run_tool("inspect_dataset.py", *args)
+        assert "multiply" not in result.stdout
+
+
+class TestDetector:
+    @pytest.fixture(scope="class")
+    def detector(self, trained):
+        return Detector(trained, threshold=0.0)
+
+    @pytest.fixture(scope="class")
+    def image(self, data):
+        return data / "voc" / "JPEGImages" / "000007.jpg"
+
+    def test_takes_images_of_every_kind(self, detector, image):
+        expected = detector(image)
+        assert len(expected) > 0 and set(expected.class_names) <= set(detector.names)
+        array = np.asarray(Image.open(image))
+        kinds = [str(image), Image.open(image), array, torch.tensor(array).permute(2, 0, 1)]
+        kinds += [array / 255.0]
+        for kind in kinds:
+            np.testing.assert_allclose(detector(kind).boxes, expected.boxes, atol=1e-3)
+        bgr = detector(cv2.imread(str(image)), channels="BGR")
+        np.testing.assert_allclose(bgr.scores, expected.scores, atol=1e-5)
+        assert [len(r) for r in detector([image, array])] == [len(expected)] * 2
+        assert detector(array[:, :, 0]).image.shape == array.shape
+
+    def test_agrees_with_detectron2s_predictor(self, detector, image):
+        from detectron2.engine import DefaultPredictor
+
+        predictor = DefaultPredictor(detector.cfg.clone())
+        predictor.model = detector.model
+        instances = predictor(cv2.imread(str(image)))["instances"]
+        np.testing.assert_allclose(detector(image).boxes, instances.pred_boxes.tensor, atol=1e-3)
+
+    def test_only_some_classes(self, trained, image):
+        name = load_config(str(trained / "config.yaml")).DATASETS.CLASS_NAMES[1]
+        result = Detector(trained, threshold=0.0, classes=[name])(image)
+        assert set(result.class_names) <= {name}
+
+    @pytest.mark.parametrize(
+        ("image", "match"),
+        [
+            ("nowhere.jpg", "'nowhere.jpg' does not exist"),
+            (__file__, "cannot be read as an image"),
+            (np.zeros((4, 4, 4), np.uint8), r"must be \(H, W, 3\)"),
+            (np.zeros((4, 4, 3), np.int64), "must be of uint8, or floats"),
+            (np.full((4, 4, 3), 2.0), r"floats must be in \[0, 1\]"),
+        ],
+    )
+    def test_what_is_no_image(self, image, match, detector):
+        with pytest.raises(ValueError, match=match):
+            detector(image)
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"path": "nowhere"}, "'nowhere' does not exist; give a run's folder"),
+            ({"path": CONFIGS}, "holds no config.yaml|holds neither model_final.pth"),
+            ({"threshold": 2}, r"threshold must be in \[0, 1\]"),
+            ({"classes": ["digit0"]}, r"no class 'digit0' \(did you mean 'digit"),
+            ({"batch_size": 0}, "batch_size must be at least 1"),
+            ({"device": "gpu"}, "a device of torch such as cuda"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, match, trained):
+        with pytest.raises(ValueError, match=match):
+            Detector(**{"path": trained, **arguments})
+
+    def test_exported_weights(self, trained, image, detector, tmp_path):
+        out = tmp_path / "out.safetensors"
+        assert run_tool("export_weights.py", trained / "model_final.pth", out).returncode == 0
+        again = Detector(out, threshold=0.0)
+        assert again.names == detector.names
+        np.testing.assert_array_equal(again(image).boxes, detector(image).boxes)
+
+
+def test_results_in_other_forms():
+    mask = np.zeros((1, 10, 20), bool)
+    mask[:, 2:6, 4:8] = True
+    result = Result(
+        image=np.zeros((10, 20, 3), np.uint8),
+        boxes=np.float32([[4, 2, 8, 6]]),
+        scores=np.float32([0.75]),
+        class_ids=np.array([1]),
+        names=["a", "b"],
+        masks=mask,
+    )
+    assert repr(result) == "Result(1 b)" and result.class_names == ["b"]
+    (record,) = result.to_coco(7, [10, 20])
+    assert (record["category_id"], record["image_id"], record["bbox"]) == (20, 7, [4, 2, 4, 4])
+    assert record["segmentation"]["size"] == [10, 20]
+    assert result.to_yolo() == ["1 0.300000 0.400000 0.200000 0.400000 0.75000"]
+    plot = result.plot()
+    assert (
+        plot.shape == (10, 20, 3)
+        and (plot[4, 6] == (0.4 * np.array(color_of(1))).astype(int)).all()
+    )
+    assert len(result.filter(result.scores > 0.8)) == 0
+
+
+class TestPredict:
+    def predict(self, trained, *args):
+        return run_tool("predict.py", trained, *args, "--threshold", "0.0")
+
+    def test_writes_every_form(self, trained, data, tmp_path):
+        folder = shutil.copytree(data / "yolo" / "images", tmp_path / "photos")
+        (folder / "val" / "000001.jpg").write_bytes((folder / "train" / "000001.jpg").read_bytes())
+        (folder / "broken.jpg").write_text("no")
+        out = tmp_path / "out"
+        args = ("--json", out / "a.json", "--json-images", out / "b.json", "--csv", out / "c.csv")
+        args += ("--txt", out / "txt", "--save-images", out / "images", "--crop", out / "crops")
+        result = self.predict(trained, folder, *args, "--sheet", out / "sheet.jpg")
+        assert result.returncode == 1  # one could not be read
+        assert "skipped: '" in result.stderr and "9 images, " in result.stderr
+        coco = json.loads((out / "a.json").read_text())
+        images = json.loads((out / "b.json").read_text())
+        assert len(images) == 9 and len(coco) == sum(len(image["objects"]) for image in images)
+        assert images[0]["objects"][0]["class"] in NAMES and coco[0]["file_name"]
+        rows = list(csv.DictReader((out / "c.csv").open()))
+        assert len(rows) == len(coco) and rows[0]["class"] in NAMES
+        # Names that two folders share are kept apart.
+        names = {file.stem for file in (out / "images").iterdir()}
+        assert names == {f.stem for f in (out / "txt").iterdir()} and len(names) == 9
+        assert (out / "txt" / "000007.txt").read_text().count("\n") > 0
+        assert len(list((out / "crops").rglob("*.jpg"))) > 0
+        assert cv2.imread(str(out / "sheet.jpg")) is not None
+
+    def test_a_data_set_keeps_its_ids(self, trained, data, tmp_path):
+        name = f"coco:{data}/coco/annotations.json"
+        args = ("--json", tmp_path / "a.json", "--sheet", tmp_path / "sheet.png")
+        result = self.predict(trained, name, *args)
+        assert result.returncode == 0, result.stderr
+        records = json.loads((tmp_path / "a.json").read_text())
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        detector = Detector(trained, threshold=0.0)
+        first = content["images"][0]
+        expected = detector(data / "coco" / "images" / first["file_name"]).class_names
+        got = [names[r["category_id"]] for r in records if r["image_id"] == first["id"]]
+        assert got == expected and "file_name" not in records[0]
+
+    def test_a_video(self, trained, tmp_path):
+        clip, out = str(tmp_path / "clip.mp4"), str(tmp_path / "out.mp4")
+        writer = cv2.VideoWriter(clip, cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
+        for i in range(5):
+            writer.write(np.full((64, 96, 3), i * 40, np.uint8))
+        writer.release()
+        result = self.predict(trained, clip, "--video", out, "--json-images", tmp_path / "a.json")
+        assert result.returncode == 0, result.stderr
+        capture = cv2.VideoCapture(out)
+        assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5
+        files = [r["file"] for r in json.loads((tmp_path / "a.json").read_text())]
+        assert files[0] == "clip_000001" and len(files) == 5
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["a.json", "clip.mp4", "out.mp4"]
+
+    def test_lines_on_the_screen(self, trained, data):
+        result = self.predict(trained, f"{data}/voc/JPEGImages/00000[12].jpg")
+        assert result.stdout.count("\n") == 2 and "000002.jpg: " in result.stdout
+
+    @pytest.mark.parametrize(
+        ("args", "match"),
+        [
+            (("nowhere.jpg",), "'nowhere.jpg' does not exist"),
+            (("*.nothing",), "'*.nothing' has no images"),
+            (("digit_val",), "does not exist, nor is it the name of a data set"),
+            (("voc:nowhere:train",), "must be a folder with Annotations"),
+            (("{}/bad.mp4",), "cannot be opened as a video"),
+            (("77",), "camera 77 cannot be opened"),
+            (("{}/a.jpg", "--num-images", "0"), "--num-images must be at least 1"),
+            (("{}/a.jpg", "--sheet", "{}/a.jpg"), "is one of the images; it would be lost"),
+            (("{}/a.jpg", "--sheet", "{}/a.gif"), "--sheet must end in .jpg or .jpeg or .png"),
+            (("{}/a.jpg", "--video", "{}/a.mp4"), "--video needs a video or a camera"),
+            (("{}/a.jpg", "--save-images", "{}"), "is the folder of the images"),
+            (("{}/a.jpg", "--json", "{}"), "is a folder"),
+            (("{}/a.jpg", "--classes", "cat"), "there is no class 'cat'"),
+        ],
+    )
+    def test_bad_input(self, args, match, trained, tmp_path):
+        Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
+        (tmp_path / "bad.mp4").write_text("no")
+        before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+        result = self.predict(trained, *(arg.format(tmp_path) for arg in args))
+        assert result.returncode == 2 and match in result.stderr.splitlines()[-1], result.stderr
+        assert "Traceback" not in result.stderr
+        assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
