@@ -2,7 +2,10 @@
 
 import csv
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -349,11 +352,11 @@ class TestDetector:
 
 
 def test_results_in_other_forms():
-    mask = np.zeros((1, 10, 20), bool)
-    mask[:, 2:6, 4:8] = True
+    mask = np.zeros((1, 100, 200), bool)
+    mask[:, 20:60, 40:80] = True
     result = Result(
-        image=np.zeros((10, 20, 3), np.uint8),
-        boxes=np.float32([[4, 2, 8, 6]]),
+        image=np.zeros((100, 200, 3), np.uint8),
+        boxes=np.float32([[40, 20, 80, 60]]),
         scores=np.float32([0.75]),
         class_ids=np.array([1]),
         names=["a", "b"],
@@ -361,14 +364,12 @@ def test_results_in_other_forms():
     )
     assert repr(result) == "Result(1 b)" and result.class_names == ["b"]
     (record,) = result.to_coco(7, [10, 20])
-    assert (record["category_id"], record["image_id"], record["bbox"]) == (20, 7, [4, 2, 4, 4])
-    assert record["segmentation"]["size"] == [10, 20]
+    assert (record["category_id"], record["image_id"], record["bbox"]) == (20, 7, [40, 20, 40, 40])
+    assert record["segmentation"]["size"] == [100, 200]
     assert result.to_yolo() == ["1 0.300000 0.400000 0.200000 0.400000 0.75000"]
     plot = result.plot()
-    assert (
-        plot.shape == (10, 20, 3)
-        and (plot[4, 6] == (0.4 * np.array(color_of(1))).astype(int)).all()
-    )
+    assert plot.shape == (100, 200, 3) and tuple(plot[60, 60]) == color_of(1)  # the box's edge
+    assert (plot[40, 60] == (0.4 * np.array(color_of(1))).astype(int)).all()
     assert len(result.filter(result.scores > 0.8)) == 0
 
 
@@ -457,3 +458,35 @@ class TestPredict:
         assert result.returncode == 2 and match in result.stderr.splitlines()[-1], result.stderr
         assert "Traceback" not in result.stderr
         assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_the_commands_of_the_docs(data, tmp_path, monkeypatch):
+    """Each line of docs/own_data.md, on toys that are called what they are called there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    (tmp_path / "weights").mkdir()
+    shutil.copytree(data / "voc", "mine")
+    shutil.copytree(data / "yolo", "mine_yolo")
+    shutil.copytree(data / "coco", "mine_coco")
+    for split in SPLITS:
+        shutil.copy("mine_coco/annotations.json", f"mine_coco/{split}.json")
+    shutil.copytree(data / "coco" / "images", "photos")
+    writer = cv2.VideoWriter("clip.mp4", cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 64))
+    writer.write(np.zeros((64, 96, 3), np.uint8))
+    writer.release()
+    toy = command("", "", "")[8:]
+    text = (CONFIGS.parent / "docs" / "own_data.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    seen = set()
+    for line in lines:
+        program, *args = shlex.split(line, comments=True)[1:] or [""]
+        seen.add(program)
+        if program == "train_net.py":
+            main([*args, *toy])
+        elif program:
+            result = run_tool(Path(program).name, *args)
+            assert result.returncode == 0, (line, result.stderr)
+    assert seen >= {"train_net.py", "tools/inspect_dataset.py", "tools/predict.py"}
+    (python,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(python, {})
