@@ -42,6 +42,7 @@ SPLITS = {
     "digits_train": Split(num_images=600, seed=1, training=True),
     "digits_val": Split(num_images=150, seed=2, training=False),
     "digits_train_large": Split(num_images=4000, seed=3, training=True),
+    "digits_test": Split(num_images=600, seed=4, training=False),
 }
 
 

@@ -1,0 +1,299 @@
+"""Many trainings that are compared: a plan of rows and seeds, run, scored and set side by side."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import yaml
+from detectron2.data import MetadataCatalog
+from tqdm import tqdm
+
+from libra_d2.data.sources import is_source, open_source
+from libra_d2.data.splits import make_folds
+
+from .config_file import load_config
+from .own_data import take_from_data
+
+__all__ = ["Plan", "Run", "annotations_of", "list_runs", "read_plan", "run_all"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Row(msgspec.Struct, forbid_unknown_fields=True):
+    """What one row changes."""
+
+    config: str | None = None
+    opts: list[Any] = []
+    seeds: list[int] | None = None
+
+
+class Data(msgspec.Struct, forbid_unknown_fields=True):
+    """What is trained on and scored; or one data set in so many folds."""
+
+    train: str | None = None
+    test: str | None = None
+    all: str | None = None
+    folds: int = 0
+
+
+class Plan(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Rows to compare with a baseline, over seeds.
+
+    Args:
+        config: of the rows that name none, relative to this project.
+        rows: by name; the first is the baseline.
+        data: "train" and "test", or "all" and "folds".
+        seeds: of each row; with folds, each seed has a fold of its own.
+        opts: overrides for all rows.
+        metric: what is compared.
+    """
+
+    config: str
+    rows: dict[str, Row]
+    data: Data
+    seeds: list[int] = msgspec.field(default_factory=lambda: [1, 2, 3])
+    opts: list[Any] = []
+    metric: str = "bbox/AP"
+
+    @property
+    def baseline(self) -> str:
+        """The row that others are compared with."""
+        return next(iter(self.rows))
+
+
+def read_plan(path: str) -> Plan:
+    """Reads a plan.
+
+    Raises:
+        ValueError: naming what is wrong with it.
+    """
+    try:
+        plan = msgspec.convert(yaml.safe_load(Path(path).read_text()), Plan)
+    except FileNotFoundError:
+        raise ValueError(f"plan '{path}' does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"plan '{path}' is not valid yaml") from None
+    except msgspec.ValidationError as error:
+        raise ValueError(f"plan '{path}': {str(error).replace('`', '')}") from None
+    if not plan.rows or not plan.seeds:
+        raise ValueError(f"plan '{path}' must have rows and seeds")
+    return plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its score."""
+
+    row: str
+    seed: int
+    folder: Path
+    command: tuple[str, ...]
+    test: str
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        """Its result, once it is finished."""
+        return self.folder / "result.json"
+
+    def result(self) -> dict | None:
+        """Its result; None if it is not finished."""
+        return json.loads(self.file.read_text()) if self.file.is_file() else None
+
+
+def list_runs(plan: Plan, output: Path) -> list[Run]:
+    """All runs of a plan, seed by seed, so that pairs are complete early.
+
+    Raises:
+        ValueError: if a row's config or data are wrong.
+    """
+    seeds = sorted({seed for row in plan.rows.values() for seed in row.seeds or plan.seeds})
+    splits = _splits(plan.data, seeds, output)
+    code = hash_code()
+    data = {names: _hash(*map(_hash_data, names)) for names in set(splits.values())}
+    runs = []
+    for seed in seeds:
+        for name, row in plan.rows.items():
+            if seed not in (row.seeds or plan.seeds):
+                continue
+            train, test = splits[seed]
+            config = str(ROOT / (row.config or plan.config))
+            opts = [str(opt) for opt in (*plan.opts, *row.opts)]
+            folder = output / _safe(name) / f"seed{seed}"
+            arguments = ["DATASETS.TRAIN", str((train,)), "DATASETS.TEST", str((test,)), *opts]
+            try:
+                cfg = load_config(config, arguments, settle=take_from_data)
+            except ValueError as error:
+                raise ValueError(f"row '{name}': {error}") from None
+            content = cfg.clone()
+            content.defrost()
+            content.OUTPUT_DIR, content.SEED = "", 0
+            content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
+            hashes = {"code": code, "config": _hash(content.dump()), "data": data[train, test]}
+            command = ("--config-file", config, "--train", train, "--val", test)
+            command += ("--output", str(folder), "--overwrite", *opts, "SEED", str(seed))
+            runs.append(Run(name, seed, folder, command, test, hashes))
+    return runs
+
+
+def annotations_of(run: Run) -> Path:
+    """The file of ground truths, in COCO's format, that a run was scored on."""
+    return Path(MetadataCatalog.get(run.test).json_file)
+
+
+def run_all(runs: Sequence[Run], jobs: int) -> None:
+    """Trains and scores what is not finished, several at a time.
+
+    Each run has a GPU of its own, or its share of the CPU's threads.
+
+    Raises:
+        ValueError: if a finished run is of other code, config or data; or if a run fails, which
+            ends the others.
+    """
+    for run in runs:
+        result = run.result()
+        other = [k for k, v in run.hashes.items() if result and result["hashes"][k] != v]
+        if other:
+            raise ValueError(
+                f"'{run.folder}' holds a result of other {' and '.join(other)}; results are never "
+                "mixed: give another --output, or remove it"
+            )
+    left = [run for run in runs if run.result() is None]
+    places: queue.Queue[int] = queue.Queue()
+    for place in range(jobs):
+        places.put(place)
+    stop = threading.Event()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_train, run, jobs, places, stop) for run in left]
+        bar = tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", disable=None)
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            bar.close()
+
+
+def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> None:
+    if stop.is_set():
+        return
+    place = places.get()
+    environment = dict(os.environ)
+    if torch.cuda.is_available():
+        environment["CUDA_VISIBLE_DEVICES"] = str(place % torch.cuda.device_count())
+    else:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    try:
+        with open(run.folder / "output.txt", "w") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "train_net.py"), *run.command],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            pid = 0
+            while not pid:
+                if stop.wait(0.2):
+                    process.terminate()
+                    process.wait()
+                    return
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            process.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        places.put(place)
+    if process.returncode:
+        lines = (run.folder / "output.txt").read_text().strip().splitlines()
+        raise ValueError(
+            f"row '{run.row}', seed {run.seed} failed ({run.folder}/output.txt): "
+            f"{lines[-1] if lines else 'without a word'}"
+        )
+    records = [json.loads(x) for x in (run.folder / "metrics.json").read_text().splitlines()]
+    scored = [r for r in records if any("/AP" in key or "/AR" in key for key in r)]
+    if not scored:
+        raise ValueError(f"row '{run.row}', seed {run.seed} was not scored: TEST.EVAL_PERIOD?")
+    last = {key: value for key, value in scored[-1].items() if "/A" in key}
+    result = {
+        "row": run.row,
+        "seed": run.seed,
+        **last,
+        "iterations": records[-1]["iteration"],
+        "seconds": round(time.time() - start, 1),
+        "memory_mib": _gpu_memory(run) or usage.ru_maxrss // 1024,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "hashes": run.hashes,
+    }
+    partial_file = run.file.with_suffix(".partial")
+    partial_file.write_text(json.dumps(result, indent=1))
+    partial_file.replace(run.file)
+
+
+def _gpu_memory(run: Run) -> int:
+    """The most that a run's log tells of a GPU's memory, MiB; 0 on a CPU."""
+    log = (run.folder / "output.txt").read_text()
+    return max(map(int, re.findall(r"max_mem: (\d+)M", log)), default=0)
+
+
+def hash_code() -> str:
+    """Of all that decides what a run computes: this package and the versions of others."""
+    files = sorted((ROOT / "libra_d2").rglob("*.py"))
+    packages = ("torch", "torchvision", "detectron2", "fvcore", "numpy", "opencv-python", "pillow")
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return _hash(*versions, *(file.read_text() for file in files))
+
+
+def _hash_data(name: str) -> str:
+    """Of a data set's annotations, and of the names and sizes of its images."""
+    if is_source(name):
+        source = open_source(name)
+        content, root = msgspec.json.encode(source.coco), source.image_root
+        files = [root / (image.file_name or "") for image in source.coco.images]
+    else:
+        from detectron2.data import DatasetCatalog
+
+        records = DatasetCatalog.get(name)  # draws an embedded one
+        json_file = MetadataCatalog.get(name).get("json_file")
+        content = Path(json_file).read_bytes() if json_file else repr(records).encode()
+        files = [Path(record["file_name"]) for record in records]
+    sizes = [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
+    return _hash(content.decode("utf-8", "replace"), *sizes)
+
+
+def _splits(data: Data, seeds: Sequence[int], output: Path) -> dict[int, tuple[str, str]]:
+    """What each seed trains on and is scored on."""
+    if data.train and data.test and not data.all:
+        return dict.fromkeys(seeds, (data.train, data.test))
+    if not (data.all and data.folds > 1) or data.train or data.test:
+        raise ValueError("data must have train and test, or all and at least two folds")
+    folds = make_folds(open_source(data.all), data.folds, output / "folds")
+    return {seed: folds[i % data.folds] for i, seed in enumerate(seeds)}
+
+
+def _hash(*texts: str) -> str:
+    value = hashlib.sha256()
+    for text in texts:
+        value.update(text.encode())
+        value.update(b"\0")
+    return value.hexdigest()[:12]
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)

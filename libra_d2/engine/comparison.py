@@ -1,0 +1,147 @@
+"""Tables and pictures of runs that are compared: from results to what they show."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from libra_d2.statistics import Difference, bootstrap_images, paired_difference
+
+__all__ = ["Line", "compare", "make_table", "plot", "read_csv", "write_csv"]
+
+# The first columns of a csv, and its last; between them are the metrics.
+_FIRST = ("row", "seed")
+_LAST = ("iterations", "seconds", "memory_mib", "device", "code", "config", "data")
+_SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@100", "AR@300", "AR@1000")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table.
+
+    Args:
+        row: its name.
+        num_seeds: how many runs it has.
+        means: of each metric.
+        deviations: standard deviations over seeds; NaN of one.
+        difference: to the baseline with the same seeds; None of the baseline itself.
+    """
+
+    row: str
+    num_seeds: int
+    means: dict[str, float]
+    deviations: dict[str, float]
+    difference: Difference | None
+
+
+def write_csv(results: Sequence[dict], path: Path) -> None:
+    """Writes a line a run: row, seed, every metric, cost and hashes."""
+    flat = [{**{k: v for k, v in r.items() if k != "hashes"}, **r["hashes"]} for r in results]
+    metrics = sorted({key for r in flat for key in r} - {*_FIRST, *_LAST})
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*_FIRST, *metrics, *_LAST], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Reads what :func:`write_csv` has written; numbers as floats, seeds as integers."""
+    with open(path, newline="", encoding="utf-8") as file:
+        records = []
+        for record in csv.DictReader(file):
+            text = {k: v for k, v in record.items() if k in ("row", "device", "code", "config")}
+            numbers = {k: float(v) for k, v in record.items() if k not in (*text, "data") and v}
+            records.append({**numbers, **text, "data": record["data"], "seed": int(record["seed"])})
+    return records
+
+
+def compare(
+    results: Sequence[dict], metric: str, baseline: str, folders: dict | None = None
+) -> list[Line]:
+    """What results show, a line a row in their order.
+
+    Args:
+        results: of runs, as :func:`read_csv` gives them.
+        metric: what is compared, such as "bbox/AP".
+        baseline: the row to compare with.
+        folders: of each (row, seed), where its predictions lie and the annotations they were scored
+            on; where a row has one seed, the interval is then one over images.
+    """
+    rows = dict.fromkeys(r["row"] for r in results)
+    kind = metric.partition("/")[0]
+    by_row = {row: {r["seed"]: r for r in results if r["row"] == row} for row in rows}
+    lines = []
+    for row, own in by_row.items():
+        names = [f"{kind}/{name}" for name in _SHOWN]
+        names = [name for name in names if all(name in r for r in own.values())]
+        values = {name: np.array([r[name] for r in own.values()]) for name in names}
+        deviation = {n: float(v.std(ddof=1)) if len(v) > 1 else np.nan for n, v in values.items()}
+        shared = sorted(own.keys() & by_row[baseline].keys())
+        difference = None
+        if row != baseline and shared:
+            pairs = [[side[s][metric] for s in shared] for side in (own, by_row[baseline])]
+            difference = paired_difference(*pairs)
+            if len(shared) == 1 and folders and metric in ("bbox/AP", "segm/AP"):
+                difference = _over_images(folders, (row, shared[0]), (baseline, shared[0]), kind)
+        means = {name: float(v.mean()) for name, v in values.items()}
+        lines.append(Line(row, len(own), means, deviation, difference))
+    return lines
+
+
+def _over_images(folders: dict, one: tuple, other: tuple, iou_type: str) -> Difference:
+    folder, annotations = folders[one]
+    files = [f / "inference" / "coco_instances_results.json" for f in (folder, folders[other][0])]
+    return bootstrap_images(annotations, *files, iou_type=iou_type)
+
+
+def make_table(lines: Sequence[Line], metric: str) -> str:
+    """A Markdown table; intervals that exclude 0 are bold."""
+    kind = metric.partition("/")[0]
+    names = [name for name in _SHOWN if all(f"{kind}/{name}" in line.means for line in lines)]
+    head = ["row", "seeds", *names, "difference to the first [95 % interval]"]
+    table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for line in lines:
+        cells = []
+        for name in names:
+            mean, deviation = (side[f"{kind}/{name}"] for side in (line.means, line.deviations))
+            spread = f" ± {deviation:.1f}" if np.isfinite(deviation) else ""
+            cells.append(f"{mean:.1f}{spread}")
+        text = _difference(line.difference)
+        table.append(f"| {' | '.join([line.row, str(line.num_seeds), *cells, text])} |")
+    return "\n".join(table) + "\n"
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    text = f"{difference.mean:+.1f}"
+    if np.isfinite(difference.low):
+        over = " over images" if difference.over == "images" else ""
+        text += f" [{difference.low:+.1f}, {difference.high:+.1f}]{over}"
+    return f"**{text}**" if difference.excludes_zero else text
+
+
+def plot(lines: Sequence[Line], metric: str, path: Path) -> None:
+    """Means with standard deviations, and differences to the baseline with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 0.45 * len(lines) + 1.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(lines))
+    deviations = [np.nan_to_num(line.deviations[metric]) for line in lines]
+    means = [line.means[metric] for line in lines]
+    left.errorbar(means, places, xerr=deviations, fmt="o", capsize=3)
+    left.set_yticks(places, [f"{line.row} ({line.num_seeds})" for line in lines])
+    left.invert_yaxis()
+    left.set_xlabel(f"{metric}, mean and standard deviation over seeds")
+    right.axvline(0, color="0.6", linewidth=1)
+    for place, line in zip(places, lines, strict=True):
+        d = line.difference
+        if d is not None:
+            color = "C2" if d.low > 0 else "C3" if d.high < 0 else "0.4"
+            spread = np.nan_to_num([[d.mean - d.low], [d.high - d.mean]])
+            right.errorbar(d.mean, place, xerr=spread, fmt="o", capsize=3, color=color)
+    right.set_xlabel(f"difference to {lines[0].row}, 95 % interval")
+    figure.savefig(path, dpi=110)

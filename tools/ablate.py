@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Trains and scores every row and seed of a plan, and compares them.
+
+python tools/ablate.py tools/plans/libra_parts.yaml --output output/libra_parts --jobs 2
+python tools/ablate.py tools/plans/libra_parts.yaml --train voc:mine:train --test voc:mine:val \
+  --seeds 1 2 3 --output output/libra_parts_mine
+
+It goes on where it was interrupted: finished runs are kept, one that was under way starts anew.
+OUTPUT gets results.csv (a line a run), results.md and results.png.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from libra_d2.quiet import silence_known_warnings
+
+silence_known_warnings()
+
+import torch
+
+from libra_d2 import data, modeling  # noqa: F401  (imported to register)
+from libra_d2.checkpoint import write_whole
+from libra_d2.engine.ablation import Data, annotations_of, list_runs, read_plan, run_all
+from libra_d2.engine.comparison import compare, make_table, plot, read_csv, write_csv
+from libra_d2.engine.run import one_sentence_errors
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", help="yaml; see tools/plans")
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--train", metavar="DATA", help="instead of the plan's")
+    parser.add_argument("--test", metavar="DATA", help="instead of the plan's")
+    parser.add_argument("--folds", nargs=2, metavar=("DATA", "N"), help="cross-validation")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the plan's")
+    parser.add_argument("--rows", nargs="+", help="only these; the first is compared with")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, torch.cuda.device_count()), help="runs at once"
+    )
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    with one_sentence_errors(parser.prog):
+        plan = read_plan(args.plan)
+        if args.jobs < 1:
+            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+        if bool(args.train) != bool(args.test) or (args.folds and args.train):
+            raise ValueError("give --train and --test, or --folds")
+        if args.train:
+            plan.data = Data(train=args.train, test=args.test)
+        if args.folds:
+            if not args.folds[1].isdigit():
+                raise ValueError(f"--folds must be a data set and a number, got {args.folds[1]}")
+            plan.data = Data(all=args.folds[0], folds=int(args.folds[1]))
+        unknown = [row for row in args.rows or () if row not in plan.rows]
+        if unknown:
+            raise ValueError(f"there is no row '{unknown[0]}'; there is {', '.join(plan.rows)}")
+        plan.rows = {row: plan.rows[row] for row in args.rows or plan.rows}
+        if args.seeds:
+            plan.seeds = args.seeds
+            for row in plan.rows.values():
+                row.seeds = None
+        plan.opts = [*plan.opts, *args.opts]
+        output = Path(args.output)
+        runs = list_runs(plan, output)
+        try:
+            run_all(runs, args.jobs)
+        finally:
+            finished = [run for run in runs if run.result()]
+            if finished:
+                csv_file = output / "results.csv"
+                write_whole(
+                    str(csv_file),
+                    lambda file: write_csv([run.result() for run in finished], Path(file)),
+                )
+        folders = {(r.row, r.seed): (r.folder, annotations_of(r)) for r in finished}
+        lines = compare(read_csv(csv_file), plan.metric, plan.baseline, folders)
+        table = make_table(lines, plan.metric)
+        write_whole(str(output / "results.md"), lambda file: Path(file).write_text(table))
+        plot(lines, plan.metric, output / "results.png")
+    print(table)
+    print(f"wrote {output}/results.csv, results.md and results.png")
+
+
+if __name__ == "__main__":
+    main()
