@@ -19,7 +19,7 @@ demo: .venv/requirements
 	    ".venv/detectron2.log says why" >&2; exit 1; }
 	@$(PY) train_net.py --config-file configs/Demo/libra_faster_rcnn.yaml --overwrite \
 	  OUTPUT_DIR $(DEMO) $(ARGS)
-	@$(PY) tools/predict.py $(DEMO) digits_val --num-images 8 --sheet $(DEMO)/predictions.jpg
+	@$(PY) tools/predict.py $(DEMO) digits_val --num-images 8 --sheet $(DEMO)/predictions.jpg --overwrite
 	@$(PY) tools/analyse.py $(DEMO)/metrics.json $(DEMO)/training.png
 
 test: .venv/requirements

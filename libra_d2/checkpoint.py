@@ -226,6 +226,9 @@ def write_whole(path: str, write: Callable[[str], None]) -> None:
         write(beside)
         os.chmod(beside, 0o644)  # safetensors' are for the owner alone
         os.replace(beside, path)
+    except OSError as error:
+        Path(beside).unlink(missing_ok=True)
+        raise ValueError(f"'{path}' cannot be written: {error.strerror or error}") from error
     except BaseException:
         Path(beside).unlink(missing_ok=True)
         raise

@@ -50,6 +50,9 @@ def draw(
         (H, W, 3) uint8, RGB.
     """
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    boxes = np.concatenate(
+        [np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])], axis=1
+    )
     order = np.argsort(-np.prod(boxes[:, 2:] - boxes[:, :2], axis=1), kind="stable")
     if masks is not None and len(masks):
         image = image.copy()

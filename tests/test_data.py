@@ -139,6 +139,7 @@ def test_splits_are_registered():
         "digits_train": 600,
         "digits_val": 150,
         "digits_train_large": 4000,
+        "digits_test": 600,
     }
     for name in SPLITS:
         assert name in DatasetCatalog.list()

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
@@ -170,7 +171,7 @@ class TestBadData:
 
     def test_epochs_below_zero(self, data, tmp_path, capsys):
         argv = command(*sources(data, "yolo"), tmp_path, "SOLVER.MAX_EPOCHS", -1)
-        fails(capsys, argv, "SOLVER.MAX_EPOCHS must not be negative, got -1")
+        fails(capsys, argv, r"SOLVER.MAX_EPOCHS must be in \[0, .* got -1")
 
     @pytest.mark.parametrize(
         ("change", "match"),
@@ -211,6 +212,123 @@ class TestBadData:
         (mine / "voc" / "JPEGImages" / "000003.jpg").unlink()
         match = "images that cannot be used: 2, the first '.*000001.jpg', which does not exist"
         fails(capsys, command(*sources(mine, "voc"), tmp_path / "out"), match)
+
+    def test_masks_that_cannot_be_read(self, data, tmp_path, capsys):
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        good = f"coco:{data}/coco/annotations.json"
+        for mask, match in (
+            ([1, 2, 3, 4, 5, 6], "segmentation.*expected array, got int"),
+            ([[1, 2, 3, 4]], "without a polygon of three corners"),
+            ({"size": [9, 9], "counts": "abc"}, "INPUT.MASK_FORMAT bitmask reads it"),
+            ([], "without segmentation"),
+        ):
+            content["annotations"][0]["segmentation"] = mask
+            (tmp_path / "bad.json").write_text(json.dumps(content))
+            name = f"coco:{tmp_path}/bad.json:{data}/coco/images"
+            config = "libra_mask_rcnn_R_50_FPN.yaml"
+            fails(capsys, command(name, good, tmp_path / "out", config=config), match)
+        fails(capsys, command(good, name, tmp_path / "out", config=config), "without segmentation")
+
+    def test_crowd_alone(self, data, tmp_path, capsys):
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        for crowd, match in ((1, "has no annotations, but for crowd"), (None, "iscrowd: expected")):
+            for annotation in content["annotations"]:
+                annotation["iscrowd"] = crowd
+            (tmp_path / "bad.json").write_text(json.dumps(content))
+            name = f"coco:{tmp_path}/bad.json:{data}/coco/images"
+            fails(capsys, command(name, name, tmp_path / "out"), match)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda x, y, w, h: (x, y, w, h), "boxes of negative size"),
+            (lambda x, y, w, h: (x / 400, y / 400, (x + w) / 400, (y + h) / 400), r"in \[0, 1\]"),
+        ],
+    )
+    def test_voc_boxes_in_another_format(self, change, match, data, tmp_path, capsys):
+        mine = shutil.copytree(data / "voc", tmp_path / "voc")
+        for file in (mine / "Annotations").iterdir():
+            tree = ElementTree.parse(file)
+            for box in tree.iter("bndbox"):
+                left, top, right, bottom = (float(corner.text) for corner in box)
+                values = change(left, top, right - left, bottom - top)
+                for corner, value in zip(box, values, strict=True):
+                    corner.text = str(value)
+            tree.write(file)
+        name = f"voc:{mine}:train"
+        fails(capsys, command(name, name, tmp_path / "out"), match)
+        assert run_tool("inspect_dataset.py", name, "--report", "").returncode == 1
+
+    def test_yolo_boxes_from_their_corner(self, data, tmp_path, capsys):
+        mine = shutil.copytree(data / "yolo", tmp_path / "yolo")
+        for file in (mine / "labels" / "train").iterdir():
+            rows = [list(map(float, line.split())) for line in file.read_text().splitlines()]
+            rows = [(int(c), x - w / 2, y - h / 2, w * 2, h * 2) for c, x, y, w, h in rows]
+            file.write_text("\n".join(" ".join(f"{abs(v):.6g}" for v in row) for row in rows))
+        name = f"yolo:{mine}/data.yaml:train"
+        fails(capsys, command(name, name, tmp_path / "out"), "leave their image: .*another format")
+
+    def test_images_that_were_resized(self, data, tmp_path, capsys):
+        """What annotations say of sizes counts; mended, the boxes go with their image."""
+        mine = shutil.copytree(data / "coco", tmp_path / "coco")
+        for file in (mine / "images").iterdir():
+            image = Image.open(file)
+            image.resize((image.width // 2, image.height // 2)).save(file)
+        name = f"coco:{mine}/annotations.json"
+        fails(capsys, command(name, name, tmp_path / "out"), "images that have another size: 8")
+        out = tmp_path / "m.json"
+        assert run_tool("inspect_dataset.py", name, "--report", "", "--mend", out).returncode == 1
+        boxes = [a["bbox"] for a in json.loads(out.read_text())["annotations"]]
+        good = json.loads((data / "coco" / "annotations.json").read_text())["annotations"]
+        np.testing.assert_allclose(boxes, np.array([a["bbox"] for a in good]) / 2, atol=1e-6)
+        voc = shutil.copytree(data / "voc", tmp_path / "voc")
+        xml = voc / "Annotations" / "000001.xml"
+        size = "<size><width>640</width><height>640</height></size></annotation>"
+        xml.write_text(xml.read_text().replace("</annotation>", size))
+        match = "another size: 1, .*000001.jpg', which is .* not 640x640 as annotated"
+        fails(capsys, command(*sources(tmp_path, "voc"), tmp_path / "out"), match)
+
+    def test_images_of_16_bits(self, data, tmp_path, capsys):
+        mine = shutil.copytree(data, tmp_path / "data")
+        file = mine / "yolo" / "images" / "train" / "000002.jpg"
+        gray = np.asarray(Image.open(file).convert("L")).astype(np.uint16) * 256
+        Image.fromarray(gray).save(file.with_suffix(".png"))
+        file.unlink()
+        match = "000002.png', which has more than 8 bits a channel; convert it to 8"
+        fails(capsys, command(*sources(mine, "yolo"), tmp_path / "out"), match)
+
+    @pytest.mark.parametrize("value", ['("a",)', "(None,)", "((1, 2),)", "(1e400,)"])
+    def test_steps_that_are_no_epochs(self, value, data, tmp_path, capsys):
+        argv = command(*sources(data, "yolo"), tmp_path / "out", "SOLVER.STEP_EPOCHS", value)
+        fails(capsys, argv, "SOLVER.STEP_EPOCHS must be in")
+
+    def test_names_given_by_hand(self, data, tmp_path, capsys):
+        for names in (["a", "a"], [1, 2], [""]):
+            argv = command(*sources(data, "yolo"), tmp_path / "out", "DATASETS.CLASS_NAMES", names)
+            fails(capsys, argv, "CLASS_NAMES must be names, each once")
+
+    def test_what_a_new_run_reads_is_not_overwritten(self, data, trained, tmp_path, capsys):
+        run = shutil.copytree(trained, tmp_path / "run")
+        val = run / "inference" / "val.json"
+        shutil.copy(data / "coco" / "annotations.json", val)
+        names = (sources(data, "coco")[0], f"coco:{val}:{data}/coco/images")
+        match = "--overwrite would remove '.*val.json', which this run reads"
+        fails(capsys, command(*names, run, flags=["--overwrite"]), match)
+        assert val.exists()
+
+    def test_weights_of_other_classes(self, data, trained, tmp_path, capsys):
+        """They go on only with the classes that they were trained for, in their order."""
+        names = load_config(str(trained / "config.yaml")).DATASETS.CLASS_NAMES
+        run = shutil.copytree(trained, tmp_path / "run")
+        opts = ("DATASETS.CLASS_NAMES", names[::-1], "SOLVER.MAX_EPOCHS", 3)
+        argv = command(*sources(data, "voc"), run, *opts, flags=["--resume"])
+        fails(capsys, argv, "the last checkpoint '.*' was trained for the classes digit 0, digit 1")
+        weights = ("MODEL.WEIGHTS", str(run / "model_final.pth"))
+        argv = command(*sources(data, "voc"), tmp_path / "out", *opts, *weights)
+        fails(capsys, ["--eval-only", *argv], "was trained for the classes")
+        # Not given, they are those of the weights.
+        main(command(*sources(data, "voc"), tmp_path / "again", *weights))
+        assert load_config(str(tmp_path / "again" / "config.yaml")).DATASETS.CLASS_NAMES == names
 
 
 class TestInspect:
@@ -270,6 +388,26 @@ class TestInspect:
         assert len(mended["images"]) == 8 and ids[1]["segmentation"] == first["segmentation"]
         assert run_tool("inspect_dataset.py", *args).returncode == 2  # it exists
 
+    def test_nothing_is_lost(self, data, tmp_path):
+        file = tmp_path / "a.json"
+        shutil.copy(data / "coco" / "annotations.json", file)
+        name = f"coco:{file}:{data}/coco/images"
+        before = file.read_bytes()
+        for args in (("--report", file), ("--mend", file), ("--report", "x", "--mend", "x")):
+            assert run_tool("inspect_dataset.py", name, *args).returncode == 2, args
+        assert file.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["a.json"]
+        for _ in range(2):  # a report may be written again
+            report = tmp_path / "r.html"
+            assert run_tool("inspect_dataset.py", name, "--report", report).returncode == 0
+
+    def test_a_single_object(self, data, tmp_path):
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        content["annotations"] = content["annotations"][:1]
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        name = f"coco:{tmp_path}/a.json:{data}/coco/images"
+        result = run_tool("inspect_dataset.py", name, "--report", tmp_path / "r.html")
+        assert result.returncode == 0, result.stderr
+
     def test_anchors_that_miss(self, data):
         sizes = "[[256], [512], [1024], [2048], [4096]]"
         args = (sources(data, "coco")[0], "--report", "", "--opts", "INPUT.MIN_SIZE_TEST", "800")
@@ -279,15 +417,17 @@ class TestInspect:
         assert "multiply" not in result.stdout
 
 
+@pytest.fixture(scope="module")
+def detector(trained):
+    return Detector(trained, threshold=0.0)
+
+
+@pytest.fixture(scope="module")
+def image(data):
+    return data / "voc" / "JPEGImages" / "000007.jpg"
+
+
 class TestDetector:
-    @pytest.fixture(scope="class")
-    def detector(self, trained):
-        return Detector(trained, threshold=0.0)
-
-    @pytest.fixture(scope="class")
-    def image(self, data):
-        return data / "voc" / "JPEGImages" / "000007.jpg"
-
     def test_takes_images_of_every_kind(self, detector, image):
         expected = detector(image)
         assert len(expected) > 0 and set(expected.class_names) <= set(detector.names)
@@ -375,7 +515,7 @@ def test_results_in_other_forms():
 
 class TestPredict:
     def predict(self, trained, *args):
-        return run_tool("predict.py", trained, *args, "--threshold", "0.0")
+        return run_tool("predict.py", "--threshold", "0.0", trained, *args)
 
     def test_writes_every_form(self, trained, data, tmp_path):
         folder = shutil.copytree(data / "yolo" / "images", tmp_path / "photos")
@@ -428,6 +568,24 @@ class TestPredict:
         assert files[0] == "clip_000001" and len(files) == 5
         assert sorted(f.name for f in tmp_path.iterdir()) == ["a.json", "clip.mp4", "out.mp4"]
 
+    def test_what_is_read_is_never_written(self, trained, data, tmp_path):
+        mine = shutil.copytree(data, tmp_path / "data")
+        name = f"coco:{mine}/coco/annotations.json"
+        args = ("--overwrite", "--json", mine / "coco" / "annotations.json")
+        result = self.predict(trained, name, *args)
+        assert result.returncode == 2 and "is read itself" in result.stderr
+        args = ("--overwrite", "--csv", trained / "config.yaml")
+        result = self.predict(trained, name, *args)
+        assert result.returncode == 2 and "a file of a training run" in result.stderr
+
+    def test_images_too_narrow_are_skipped(self, trained, tmp_path):
+        Image.new("RGB", (3000, 1)).save(tmp_path / "a.png")
+        Image.new("RGB", (60, 40)).save(tmp_path / "b.png")
+        for size in ("1", "2"):
+            result = self.predict(trained, tmp_path, "--batch-size", size)
+            assert result.returncode == 1 and "a.png': an image of 3000x1" in result.stderr
+            assert "1 images, " in result.stderr
+
     def test_lines_on_the_screen(self, trained, data):
         result = self.predict(trained, f"{data}/voc/JPEGImages/00000[12].jpg")
         assert result.stdout.count("\n") == 2 and "000002.jpg: " in result.stdout
@@ -442,12 +600,16 @@ class TestPredict:
             (("{}/bad.mp4",), "cannot be opened as a video"),
             (("77",), "camera 77 cannot be opened"),
             (("{}/a.jpg", "--num-images", "0"), "--num-images must be at least 1"),
-            (("{}/a.jpg", "--sheet", "{}/a.jpg"), "is one of the images; it would be lost"),
+            (("{}/a.jpg", "--sheet", "{}/a.jpg"), "is read itself; it would be lost"),
             (("{}/a.jpg", "--sheet", "{}/a.gif"), "--sheet must end in .jpg or .jpeg or .png"),
             (("{}/a.jpg", "--video", "{}/a.mp4"), "--video needs a video or a camera"),
-            (("{}/a.jpg", "--save-images", "{}"), "is the folder of the images"),
+            (("{}/a.jpg", "--save-images", "{}"), "is a folder of what is read"),
             (("{}/a.jpg", "--json", "{}"), "is a folder"),
             (("{}/a.jpg", "--classes", "cat"), "there is no class 'cat'"),
+            (("{}/a.jpg", "--csv", "{}/bad.mp4"), "exists; give --overwrite"),
+            (("{}/a.jpg", "--csv", "{}/x", "--json", "{}/x"), "are both"),
+            (("99999999999999",), "camera 99999999999999 cannot be opened"),
+            (("{}/a.jpg", "--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "80"), "CLASS_NAMES has "),
         ],
     )
     def test_bad_input(self, args, match, trained, tmp_path):

@@ -205,6 +205,14 @@ XML, LABEL = "voc/Annotations/000001.xml", "yolo/labels/train/000001.txt"
             ("yolo/data.yaml", "{names: [a], train: none}"),
             "'none' does not exist; looked for it at",
         ),
+        (
+            "yolo:{}/yolo/data.yaml:path",
+            ("yolo/data.yaml", "{names: [a], path: .}"),
+            "no split 'pa",
+        ),
+        ("yolo:{}/yolo/data.yaml:train", ("yolo/data.yaml", "names: [a, no]"), "has False among"),
+        ("voc:{}/voc:train", (XML, "<?xml version='1.0' encoding='foo'?><a/>"), "not valid xml"),
+        ("coco:{}/coco/annotations.json", ("coco/annotations.json", "\ufeff{}"), "not valid json"),
         ("yolo:{}/yolo/data.yaml:train", (LABEL, "a b"), "txt, line 1: 'a b' must be numbers"),
         ("yolo:{}/yolo/data.yaml:train", (LABEL, "10 .5 .5 .1 .1"), "class 10 must be in 0 to 9"),
         ("yolo:{}/yolo/data.yaml:train", (LABEL, "1 .5 .5 .1"), "got 4 numbers"),
@@ -228,6 +236,16 @@ def test_no_labels_at_all(data):
     shutil.rmtree(data / "yolo" / "labels")
     with pytest.raises(ValueError, match=r"no image of split 'val' has a file of labels; that of"):
         open_source(f"yolo:{data}/yolo/data.yaml:val")
+
+
+def test_two_images_of_one_name(data):
+    for name, folder in (
+        (f"voc:{data}/voc:train", data / "voc" / "JPEGImages"),
+        (f"yolo:{data}/yolo/data.yaml:train", data / "yolo" / "images" / "train"),
+    ):
+        Image.open(folder / "000001.jpg").save(folder / "000001.png")
+        with pytest.raises(ValueError, match="two images"):
+            open_source(name)
 
 
 def test_a_class_that_is_not_trained_on(original):

@@ -26,6 +26,7 @@ from torch import Tensor
 from libra_d2.checkpoint import check_output, read_weights, write_weights, write_whole
 from libra_d2.engine import load_config
 from libra_d2.engine.run import one_sentence_errors
+from libra_d2.engine.weights import class_names_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,8 +53,8 @@ def read_config(given: str | None, beside: Path) -> str:
     path = Path(given) if given else beside / "config.yaml"
     if not path.is_file() and given is None:
         return ""
-    load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-    return path.read_text()
+    # As a whole, without the files that it is based on.
+    return load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]).dump()
 
 
 def read_metrics(given: str | None, beside: Path, iteration: int | None) -> dict[str, float]:
@@ -74,10 +75,14 @@ def read_metrics(given: str | None, beside: Path, iteration: int | None) -> dict
         ]
     except (ValueError, AttributeError):
         raise ValueError(f"'{path}' is not a run's metrics.json, one object a line") from None
-    by_iteration = {r.get("iteration"): r for r in found if len(r) > 1}
+    by_iteration = {r.get("iteration"): r for r in found if len(r) > 1 and _is_numbered(r)}
     if iteration is None:
         return {}
     return by_iteration.get(iteration) or by_iteration.get(iteration + 1, {})
+
+
+def _is_numbered(record: dict) -> bool:
+    return isinstance(record.get("iteration"), int)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,19 +91,25 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence_errors(parser.prog):
         side, config_file = (str(Path(args.output).with_suffix(end)) for end in (".json", ".yaml"))
         check_output(args.output, args.overwrite)
+        read = [args.config_file, args.metrics]
+        read += [str(Path(args.input).parent / name) for name in ("config.yaml", "metrics.json")]
         for path in (side, config_file):
-            if Path(path).exists() and not args.overwrite:
+            if Path(path).is_dir() or (Path(path).exists() and not args.overwrite):
                 raise ValueError(f"'{path}' exists; give --overwrite to replace it")
+            if Path(path).resolve() in [Path(name).resolve() for name in read if name]:
+                raise ValueError(f"'{path}' is read itself; give another output")
         if Path(args.input).resolve() == Path(args.output).resolve():
             raise ValueError(f"'{args.input}' would replace itself; give another output")
         content = read_weights(args.input)
         model = find_model(content, args.input)
         beside = Path(args.input).parent
+        iteration = content.get("iteration")
+        iteration = iteration if isinstance(iteration, int) else None
         record = {
             "config": read_config(args.config_file, beside),
-            "class_names": list(content.get("class_names", ())),
-            "iteration": content.get("iteration"),
-            "metrics": read_metrics(args.metrics, beside, content.get("iteration")),
+            "class_names": class_names_of(args.input),
+            "iteration": iteration,
+            "metrics": read_metrics(args.metrics, beside, iteration),
         }
         meta = {name: json.dumps(record[name]) for name in ("class_names", "iteration", "metrics")}
         meta["config"] = record["config"]

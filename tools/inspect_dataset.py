@@ -25,8 +25,9 @@ from detectron2.modeling import build_model
 from libra_d2.checkpoint import write_whole
 from libra_d2.config import suggest
 from libra_d2.data.anchors import anchor_recall
+from libra_d2.data.digits import SPLITS
 from libra_d2.data.inspection import find_shared_images, inspect, mend
-from libra_d2.data.report import make_report
+from libra_d2.data.report import MARK, make_report
 from libra_d2.data.sources import FORMS, Source, is_source, open_source
 from libra_d2.engine import load_config
 from libra_d2.engine.run import one_sentence_errors
@@ -66,7 +67,8 @@ def read(name: str) -> Source:
     metadata = MetadataCatalog.get(name)
     if not metadata.get("json_file"):
         raise ValueError(f"data set '{name}' has no file in COCO's format to look at")
-    DatasetCatalog.get(name)  # draws an embedded one
+    if name in SPLITS:
+        DatasetCatalog.get(name)  # draws it
     source = open_source(f"coco:{metadata.json_file}:{metadata.image_root}")
     return Source(name, source.coco, source.image_root, source.json_file)
 
@@ -95,34 +97,39 @@ def main(argv: list[str] | None = None) -> None:
         for file in filter(None, (args.mend, args.report)):
             if not Path(file).resolve().parent.is_dir() or Path(file).is_dir():
                 raise ValueError(f"'{file}' must be a file in a folder that exists")
+        report = Path(args.report) if args.report else None
+        if report and args.mend and report.resolve() == Path(args.mend).resolve():
+            raise ValueError(f"--report and --mend are both '{report}'")
+        if report and report.exists() and not report.read_bytes().startswith(MARK.encode()):
+            raise ValueError(f"--report '{report}' exists and is no such report; give another name")
         opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *args.opts]
         anchors = find_anchors(load_config(args.config_file, opts))
         sources = [read(name) for name in args.data]
-    inspections = [inspect(source) for source in sources]
-    recalls = [anchor_recall(source.coco, **anchors).lines() for source in sources]
-    shared = find_shared_images(inspections)
-    for found, recall in zip(inspections, recalls, strict=True):
-        print(found.source.name)
-        for line in (*found.lines(), *recall):
-            print(f"  {line}")
-        for problem in found.problems:
-            print(f"  {'PROBLEM' if problem.is_fatal else 'note'}: {problem.what}")
-        for hint in found.hints:
-            print(f"  note: {hint}")
-    for sentence in shared:
-        print(f"PROBLEM: {sentence}")
-    unknown = [c for s in sources[1:] for c in s.classes if c not in sources[0].classes]
-    for name in unknown:
-        what = f"class '{name}' is not in {sources[0].name}{suggest(name, sources[0].classes)}"
-        print(f"PROBLEM: {what}")
-    if args.report:
-        text = make_report(inspections, shared, recalls)
-        write_whole(args.report, lambda file: Path(file).write_text(text, encoding="utf-8"))
-        print(f"wrote {args.report}")
-    if args.mend:
-        content = msgspec.json.encode(mend(inspections[0]))
-        write_whole(args.mend, lambda file: Path(file).write_bytes(content))
-        print(f"wrote {args.mend}: train on coco:{args.mend}:{sources[0].image_root}")
+        inspections = [inspect(source) for source in sources]
+        recalls = [anchor_recall(source.coco, **anchors).lines() for source in sources]
+        shared = find_shared_images(inspections)
+        for found, recall in zip(inspections, recalls, strict=True):
+            print(found.source.name)
+            for line in (*found.lines(), *recall):
+                print(f"  {line}")
+            for problem in found.problems:
+                print(f"  {'PROBLEM' if problem.is_fatal else 'note'}: {problem.what}")
+            for hint in found.hints:
+                print(f"  note: {hint}")
+        for sentence in shared:
+            print(f"PROBLEM: {sentence}")
+        unknown = [c for s in sources[1:] for c in s.classes if c not in sources[0].classes]
+        for name in unknown:
+            what = f"class '{name}' is not in {sources[0].name}{suggest(name, sources[0].classes)}"
+            print(f"PROBLEM: {what}")
+        if args.report:
+            text = make_report(inspections, shared, recalls)
+            write_whole(args.report, lambda file: Path(file).write_text(text, encoding="utf-8"))
+            print(f"wrote {args.report}")
+        if args.mend:
+            content = msgspec.json.encode(mend(inspections[0]))
+            write_whole(args.mend, lambda file: Path(file).write_bytes(content))
+            print(f"wrote {args.mend}: train on coco:{args.mend}:{sources[0].image_root}")
     would_fail = any(found.would_fail for found in inspections) or bool(unknown)
     if would_fail:
         print("training would fail" + (" on the data as they were" if args.mend else ""))

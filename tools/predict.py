@@ -20,7 +20,7 @@ silence_known_warnings()
 from libra_d2.engine.run import one_sentence_errors
 from libra_d2.inference.detector import Detector
 from libra_d2.inference.inputs import open_images
-from libra_d2.inference.outputs import open_sinks
+from libra_d2.inference.outputs import check_outputs, open_sinks
 from libra_d2.inference.predict import predict
 
 
@@ -50,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cuda, cpu, ...; default: a GPU where there is one")
     parser.add_argument("--num-images", type=int, metavar="N", help="stop after N")
     parser.add_argument("--columns", type=int, default=2, help="of the sheet")
+    parser.add_argument("--overwrite", action="store_true", help="write over what exists")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     return parser
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             if value is not None and value < 1:
                 raise ValueError(f"--{option} must be at least 1, got {value}")
         images = open_images(args.source, args.num_images)
-        sinks = open_sinks(vars(args), images)
+        check_outputs(vars(args), images, args.model)
         detector = Detector(
             args.model,
             threshold=args.threshold,
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             opts=args.opts,
         )
-        num_skipped = predict(detector, images, sinks)
+        num_skipped = predict(detector, images, lambda: open_sinks(vars(args), images))
     sys.exit(1 if num_skipped else 0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .coco_json import Coco
+from .coco_json import Coco, is_crowd
 from .inspection import SIZES
 from .problems import is_useful
 
@@ -87,7 +87,7 @@ def anchor_recall(
     boxes, sides = [], []
     for annotation in coco.annotations or ():
         image = images[annotation.image_id]
-        if annotation.iscrowd or not is_useful(annotation.bbox, image.width, image.height):
+        if is_crowd(annotation) or not is_useful(annotation.bbox, image.width, image.height):
             continue
         scale = min_size / min(image.height, image.width)
         scale = min(scale, max_size / max(image.height, image.width))

@@ -1,5 +1,6 @@
 """Checks of data sets before a run: what would make it fail later is one clear sentence now."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -8,10 +9,10 @@ from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import suggest
 
-from .coco_json import need, read_coco
+from .coco_json import is_crowd, need, need_polygons, read_coco
 from .digits import SPLITS
 from .problems import find_box_problems, find_image_problems, raise_fatal
-from .sources import FORMS
+from .sources import FORMS, is_source
 
 __all__ = ["check_dataset"]
 
@@ -31,7 +32,8 @@ def check_dataset(
         for_training: whether it is trained on, and so has to have annotations.
         num_classes: of the model; None if that does not matter.
         num_classes_key: the config key of this number.
-        fields: further fields that annotations for training must have, such as "segmentation".
+        fields: further fields that annotations for training must have, "segmentation",
+            "polygons" (of masks) or "keypoints".
 
     Raises:
         ValueError: naming what is wrong and what would be right.
@@ -69,15 +71,18 @@ def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
     """Checks what detectron2 and pycocotools will read of an annotation file; its categories."""
     is_lvis = metadata.get("evaluator_type") == "lvis"
     # pycocotools wants area and iscrowd of what it evaluates on.
-    needed = fields if for_training else ("area",) if is_lvis else ("area", "iscrowd")
+    needed = fields if for_training else (*fields, "area", *(() if is_lvis else ("iscrowd",)))
     try:
         coco = read_coco(PathManager.get_local_path(metadata.json_file))
         for image in coco.images:
             if not (image.coco_url if is_lvis else image.file_name):
                 raise ValueError(f"has no {'coco_url' if is_lvis else 'file_name'} of {image.id!r}")
-        if for_training and not coco.annotations:
-            raise ValueError("has no annotations")
-        need(coco.annotations or [], needed)
+        if for_training and all(map(is_crowd, coco.annotations or ())):
+            raise ValueError("has no annotations, but for crowd regions and difficult objects")
+        annotations = coco.annotations or []
+        if "polygons" in fields and for_training:
+            need_polygons(annotations)
+        need(annotations, tuple("segmentation" if f == "polygons" else f for f in needed))
         if not for_training and any(isinstance(a.id, str) for a in coco.annotations or ()):
             raise ValueError("has annotation ids that are strings; pycocotools needs numbers")
         problems = find_box_problems(coco)
@@ -85,5 +90,9 @@ def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
             problems += find_image_problems(coco, Path(metadata.image_root))
         raise_fatal(problems)
     except ValueError as error:
-        raise ValueError(f"{metadata.json_file} {error}") from None
+        # What is behind a data set named in place is nothing that a user knows.
+        place = "" if is_source(metadata.name) else f"{metadata.json_file} "
+        raise ValueError(f"{place}{error}") from None
+    for problem in problems:
+        logging.getLogger(__name__).warning("data set '%s' %s", metadata.name, problem.what)
     return coco.categories

@@ -1,16 +1,25 @@
 """COCO annotations: what a file of them has to hold, and reading it with an error to act on."""
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-__all__ = ["Annotation", "Category", "Coco", "Image", "need", "read_coco"]
+__all__ = [
+    "Annotation",
+    "Category",
+    "Coco",
+    "Image",
+    "is_crowd",
+    "need",
+    "need_polygons",
+    "read_coco",
+]
 
 Number = int | float  # whole numbers, which some tools write as 1.0
 Length = Annotated[float, msgspec.Meta(gt=0)]
+_FAR = 1e7  # pixels; no image is so large
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
 
@@ -37,6 +46,13 @@ class Category(msgspec.Struct, kw_only=True):
     name: Name
 
 
+class Rle(msgspec.Struct, kw_only=True):
+    """A mask, run-length encoded."""
+
+    size: tuple[int, int]
+    counts: str | list[int]
+
+
 class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One object; its box is x, y, width and height in pixels."""
 
@@ -45,8 +61,8 @@ class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True):
     category_id: Number
     bbox: tuple[float, float, float, float]
     area: float | None = None
-    iscrowd: Number | bool | None = None  # 0 or 1
-    segmentation: list | dict | None = None
+    iscrowd: Number | bool | msgspec.UnsetType = msgspec.UNSET  # 0 or 1
+    segmentation: list[list[float]] | Rle | None = None
     keypoints: list[float] | None = None
 
 
@@ -75,7 +91,7 @@ def read_coco(path: str) -> Coco:
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:  # Python writes NaN, which is no json
-            coco = msgspec.convert(json.loads(content), type=Coco)
+            coco = msgspec.convert(json.loads(content.decode()), type=Coco)
     except msgspec.ValidationError as error:
         raise ValueError(f"is not COCO json: {_plain(str(error))}") from None
     except (ValueError, RecursionError):
@@ -85,9 +101,11 @@ def read_coco(path: str) -> Coco:
     if len({c.name for c in coco.categories}) < len(coco.categories):
         raise ValueError("has two categories of the same name")
     for annotation in coco.annotations or ():
-        if not all(map(math.isfinite, annotation.bbox)):
-            raise ValueError(f"has annotation {annotation.id} whose bbox is not finite")
-        if annotation.iscrowd not in (None, 0, 1):
+        polygons = annotation.segmentation if isinstance(annotation.segmentation, list) else []
+        for name, values in (("bbox", annotation.bbox), *(("segmentation", p) for p in polygons)):
+            if not all(abs(value) <= _FAR for value in values):  # nor is NaN
+                raise ValueError(f"has annotation {annotation.id} whose {name} is not finite")
+        if annotation.iscrowd not in (msgspec.UNSET, 0, 1):
             raise ValueError(
                 f"has annotation {annotation.id} whose iscrowd is {annotation.iscrowd}, not 0 or 1"
             )
@@ -98,12 +116,31 @@ def read_coco(path: str) -> Coco:
     return coco
 
 
+def is_crowd(annotation: Annotation) -> bool:
+    """Whether it is a region of many objects, or a difficult one: not trained on, not scored."""
+    return annotation.iscrowd is not msgspec.UNSET and bool(annotation.iscrowd)
+
+
 def need(annotations: list[Annotation], fields: tuple[str, ...]) -> None:
     """Raises ``ValueError`` if an annotation lacks a field, or has it empty."""
     for annotation in annotations:
         for field in fields:
-            if getattr(annotation, field) in (None, [], {}):
+            if getattr(annotation, field) in (None, [], msgspec.UNSET):
                 raise ValueError(f"has annotation {annotation.id} without {field}")
+
+
+def need_polygons(annotations: list[Annotation]) -> None:
+    """Raises ``ValueError`` if an annotation has no polygon, where masks are read as polygons."""
+    need(annotations, ("segmentation",))
+    for annotation in annotations:
+        mask = annotation.segmentation
+        if isinstance(mask, Rle) and not is_crowd(annotation):
+            raise ValueError(
+                f"has annotation {annotation.id} with a run-length encoded mask; INPUT.MASK_FORMAT "
+                "bitmask reads it"
+            )
+        if isinstance(mask, list) and not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
+            raise ValueError(f"has annotation {annotation.id} without a polygon of three corners")
 
 
 def _plain(message: str) -> str:

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from PIL import Image as PilImage
 from torchvision.ops import box_iou
 
-from .coco_json import Annotation, Coco
+from .coco_json import Annotation, Coco, Image, is_crowd
 from .images import open_image
 from .problems import Problem, find_box_problems, find_image_problems, is_useful
 from .sources import Source
@@ -98,11 +99,11 @@ def inspect(source: Source) -> Inspection:
         what = f"has images that break off: {len(unread)}, the first {unread[0][1]}"
         problems.append(Problem(what, True, image_ids=tuple(i for i, _ in unread)))
     problems += _find_duplicates(coco)
-    objects = [a for a in coco.annotations or () if not a.iscrowd]
-    if not objects:
-        problems.append(Problem("has no objects", is_fatal=True))
+    objects = [a for a in coco.annotations or () if not is_crowd(a)]
     sizes = {image.id: (image.width, image.height) for image in coco.images}
     useful = [a for a in objects if is_useful(a.bbox, *sizes[a.image_id])]
+    if not useful:
+        problems.append(Problem("has no objects that can be trained on", is_fatal=True))
     extents = np.array([a.bbox[2:] for a in useful]).reshape(-1, 2)
     counts = Counter(a.image_id for a in objects)
     classes = Counter(a.category_id for a in objects)
@@ -164,49 +165,73 @@ def find_shared_images(inspections: Sequence[Inspection]) -> list[str]:
 def mend(found: Inspection) -> Coco:
     """A clean copy of the annotations.
 
-    Boxes in another format are turned into COCO's and clipped to their image; those without extent,
-    outside, or marked twice, and images that cannot be used, are left out; images have their files'
-    sizes.
+    Boxes in another format are turned into COCO's, those of images that have been resized go with
+    them, and all are clipped to their image. Boxes without extent, outside, or marked twice, and
+    images that cannot be used, are left out.
     """
     coco, root = found.source.coco, found.source.image_root
-    gone = {i for problem in found.problems for i in problem.image_ids}
-    results = {i.id: i for i in coco.images}
-    images = []
+    kinds = " ".join(problem.what for problem in found.problems if problem.is_fatal)
+    turn = _identity
+    if "in [0, 1]" in kinds:
+        boxes = [a.bbox for a in coco.annotations or ()]
+        are_corners = any(max(x + w, y + h) > 1.01 for x, y, w, h in boxes)
+        turn = _from_corner_fractions if are_corners else _from_fractions
+    elif "x1, y1, x2, y2" in kinds:
+        turn = _from_corners
+    twice = {i for p in found.problems if "marked twice" in p.what for i in p.annotation_ids}
+    images, annotations = [], []
+    objects = _by_image(coco.annotations or ())
     for image in coco.images:
         try:
             width, height = open_image(root / (image.file_name or "")).size
         except ValueError:
             continue
-        results[image.id] = image = type(image)(
-            id=image.id, file_name=image.file_name, height=height, width=width
-        )
-        gone.discard(image.id)
-        images.append(image)
-    kinds = " ".join(problem.what for problem in found.problems if problem.is_fatal)
-    as_corners, as_fractions = "x1, y1, x2, y2" in kinds, "in [0, 1]" in kinds
-    twice = {i for p in found.problems if "marked twice" in p.what for i in p.annotation_ids}
-    annotations = []
-    for annotation in coco.annotations or ():
-        image = results[annotation.image_id]
-        if annotation.image_id in gone or annotation.id in twice:
+        scale = width / image.width, height / image.height
+        if not 0.98 < scale[0] / scale[1] < 1.02:  # turned or cropped: nobody knows how
             continue
-        x, y, w, h = annotation.bbox
-        if as_corners:
-            w, h = w - x, h - y
-        if as_fractions:
-            x, w, y, h = x * image.width, w * image.width, y * image.height, h * image.height
-        x, y, w, h = min(x, x + w), min(y, y + h), abs(w), abs(h)
-        if is_useful((x, y, w, h), image.width, image.height):
-            left, top = max(x, 0.0), max(y, 0.0)
-            right, bottom = min(x + w, image.width), min(y + h, image.height)
-            annotation = Annotation(
-                **{k: getattr(annotation, k) for k in annotation.__struct_fields__}
-            )
-            annotation.bbox = (left, top, right - left, bottom - top)
-            annotation.area = annotation.area or annotation.bbox[2] * annotation.bbox[3]
-            annotation.iscrowd = int(annotation.iscrowd or 0)
-            annotations.append(annotation)
+        own = msgspec.structs.replace(image, height=height, width=width)
+        images.append(own)
+        for annotation in objects.get(image.id, ()):
+            x, y, w, h = turn(annotation.bbox, image)
+            x, y, w, h = min(x, x + w), min(y, y + h), abs(w), abs(h)
+            x, w, y, h = x * scale[0], w * scale[0], y * scale[1], h * scale[1]
+            if annotation.id not in twice and is_useful((x, y, w, h), width, height):
+                left, top = max(x, 0.0), max(y, 0.0)
+                box = (left, top, min(x + w, width) - left, min(y + h, height) - top)
+                annotations.append(_mended(annotation, box, scale))
     return Coco(images=images, categories=coco.categories, annotations=annotations)
+
+
+def _identity(box: Sequence[float], image: Image) -> Sequence[float]:
+    return box
+
+
+def _from_corners(box: Sequence[float], image: Image) -> Sequence[float]:
+    return box[0], box[1], box[2] - box[0], box[3] - box[1]
+
+
+def _from_fractions(box: Sequence[float], image: Image) -> Sequence[float]:
+    sides = (image.width, image.height) * 2
+    return [value * side for value, side in zip(box, sides, strict=True)]
+
+
+def _from_corner_fractions(box: Sequence[float], image: Image) -> Sequence[float]:
+    return _from_fractions(_from_corners(box, image), image)
+
+
+def _mended(annotation: Annotation, box: tuple, scale: tuple[float, float]) -> Annotation:
+    """A copy with another box; area and polygons stay, or go with it where it changed."""
+    is_scaled = scale != (1.0, 1.0)
+    mask, area = annotation.segmentation, annotation.area
+    if is_scaled and isinstance(mask, list):
+        mask = [[value * scale[i % 2] for i, value in enumerate(polygon)] for polygon in mask]
+    elif is_scaled:
+        mask = None
+    if area is None or is_scaled or not area <= 1.01 * box[2] * box[3] or area < 1:
+        area = box[2] * box[3]
+    return msgspec.structs.replace(
+        annotation, bbox=box, area=area, segmentation=mask, iscrowd=int(is_crowd(annotation))
+    )
 
 
 def _hash_images(coco: Coco, root: Path) -> tuple[dict[str, str], dict]:
@@ -232,7 +257,9 @@ def _hash_image(path: str) -> tuple[str, str]:
     small = np.asarray(image.convert("L").resize((17, 16), PilImage.Resampling.BOX), dtype=int)
     # Which neighbour is brighter, by more than compression changes.
     signs = np.sign(np.diff(small, axis=1)) * (np.abs(np.diff(small, axis=1)) > 8)
-    return hashlib.sha256(f"{image.size}{signs.tolist()}".encode()).hexdigest(), ""
+    # Where that says little, as of an empty sky, what it shows to the pixel.
+    content = signs.tolist() if np.abs(signs).mean() > 0.1 else image.tobytes()
+    return hashlib.sha256(f"{image.size}{content}".encode()).hexdigest(), ""
 
 
 def _by_image(annotations: Sequence[Annotation]) -> dict[int | str, list[Annotation]]:

@@ -71,6 +71,9 @@ def find_box_problems(coco: Coco) -> list[Problem]:
         ),
     )
     found = []
+    if len(beyond) > _MANY * len(pairs):
+        what = f"has boxes that leave their image: {len(beyond)} of {len(pairs)}, as boxes in "
+        return [Problem(f"{what}another format do; COCO's are x, y, width, height", is_fatal=True)]
     for kind, is_fatal, holds in kinds:
         bad = [(a, image) for a, image in pairs if holds(a, image)]
         if bad:

@@ -15,7 +15,7 @@ from libra_d2.drawing import draw
 from .images import open_image
 from .inspection import Inspection
 
-__all__ = ["make_report"]
+__all__ = ["MARK", "make_report"]
 
 _PICTURES = 8  # images shown of each data set
 _SIDE = 640  # pixels of the longer side of an image that is shown
@@ -28,6 +28,9 @@ li.fatal { color: #b00020; font-weight: 600 } li.harmless { color: #8a5a00 }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 10px }
 img { max-width: 100% } figure { margin: 0 } figcaption { font-size: 0.8em; color: #555 }
 """
+
+
+MARK = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data sets</title>'
 
 
 def make_report(
@@ -54,10 +57,7 @@ def make_report(
         if len(found.sides):
             parts.append("<h3>Objects</h3>" + _charts(found))
         parts.append("<h3>Images, with what is marked in them</h3>" + _pictures(found))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data sets</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return f"{MARK}<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
 
 
 def _list(items: Sequence[tuple[str, str]]) -> str:
@@ -91,9 +91,8 @@ def _charts(found: Inspection) -> str:
         axes.set_title("objects of each class")
 
     def sides(axes) -> None:
-        axes.hist(
-            found.sides, bins=np.geomspace(max(found.sides.min(), 0.5), found.sides.max(), 40)
-        )
+        low, high = found.sides.min(), found.sides.max()
+        axes.hist(found.sides, bins=np.geomspace(low * 0.9, high * 1.1, 40))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         axes.set_title("box sides, square root of the area (pixels)")

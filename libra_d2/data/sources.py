@@ -6,6 +6,7 @@ model's order: so all are read by its reader and scored by its COCO evaluator.
 """
 
 import functools
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ class Source:
     coco: Coco
     image_root: Path
     json_file: Path | None = None  # if it is in COCO's format itself
+    files: tuple[Path, ...] = ()  # that describe it
 
     @property
     def classes(self) -> list[str]:
@@ -62,7 +64,7 @@ def open_source(name: str) -> Source:
         if kind == "coco":
             file, root = _coco_parts(rest)
             try:
-                return Source(name, read_coco(str(file)), root, file)
+                return Source(name, read_coco(str(file)), root, file, (file,))
             except ValueError as error:
                 raise ValueError(f"{file} {error}") from None
         place, _, split = rest.rpartition(":")
@@ -71,7 +73,8 @@ def open_source(name: str) -> Source:
         if kind == "voc":
             root = Path(place).expanduser()
             return Source(name, read_voc(root, split), root / "JPEGImages")
-        return Source(name, *read_yolo(Path(place).expanduser(), split))
+        file = Path(place).expanduser()
+        return Source(name, *read_yolo(file, split), files=(file,))
     except (ValueError, OSError) as error:
         raise ValueError(f"data set '{name}': {error}") from None
 
@@ -139,6 +142,7 @@ def register_source(source: Source, classes: Sequence[str] = ()) -> None:
     MetadataCatalog.get(source.name).set(
         json_file=str(file), image_root=root, evaluator_type="coco", thing_classes=classes
     )
+    MetadataCatalog.get(source.name).files = [str(f) for f in source.files]
 
 
 def check_classes(name: str, own: Sequence[str], classes: Sequence[str]) -> None:
@@ -157,14 +161,18 @@ def _with_classes(source: Source, classes: list[str]) -> bytes:
     ids = {name: i for i, name in enumerate(classes, start=1)}
     new = {category.id: ids[category.name] for category in source.coco.categories}
     # Whatever else a file has is kept.
-    content = msgspec.json.decode(
-        source.json_file.read_bytes() if source.json_file else msgspec.json.encode(source.coco)
-    )
+    coco = source.json_file.read_bytes() if source.json_file else msgspec.json.encode(source.coco)
+    content = json.loads(coco)  # with NaN, as Python writes it
     content["categories"] = [{"id": i, "name": name} for name, i in ids.items()]
     annotations = content.get("annotations", [])
     if not source.json_file:
         sizes = {image.id: (image.width, image.height) for image in source.coco.images}
-        useful = [a for a in annotations if is_useful(a["bbox"], *sizes[a["image_id"]])]
+        # Of a negative size they are wrong, which is for the checks to say.
+        useful = [
+            a
+            for a in annotations
+            if min(a["bbox"][2:]) < 0 or is_useful(a["bbox"], *sizes[a["image_id"]])
+        ]
         if len(useful) < len(annotations):
             logging.getLogger(__name__).warning(
                 "%s: left out, as without extent or outside of the image: %d of %d boxes",
@@ -175,7 +183,7 @@ def _with_classes(source: Source, classes: list[str]) -> bytes:
         annotations = content["annotations"] = useful
     for annotation in annotations:
         annotation["category_id"] = new[annotation["category_id"]]
-    return msgspec.json.encode(content)
+    return json.dumps(content).encode()
 
 
 @functools.cache

@@ -1,12 +1,13 @@
 """Reads data sets in Pascal VOC's layout: Annotations, JPEGImages and ImageSets/Main."""
 
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
 from libra_d2.config import suggest
 
 from .coco_json import Annotation, Category, Coco, make_image
-from .images import IMAGE_SUFFIXES, examine
+from .images import IMAGE_SUFFIXES, examine, read_text
 
 __all__ = ["read_voc"]
 
@@ -15,8 +16,8 @@ def read_voc(root: Path, split: str) -> Coco:
     """Reads one split.
 
     Boxes are taken as VOC defines them: corners are pixels counted from 1, both inside the box.
-    Difficult objects become crowd regions, which are neither trained on nor scored. Sizes are the
-    image files' own; an image that cannot be read has none, and no objects.
+    Difficult objects become crowd regions, which are neither trained on nor scored. Sizes are those
+    that annotations tell, or else the files' own; an image that cannot be read has no objects.
 
     Args:
         root: the folder of Annotations, JPEGImages and ImageSets.
@@ -38,31 +39,39 @@ def read_voc(root: Path, split: str) -> Coco:
             f"{root} has no split '{split}'{suggest(split, splits)}; there is {', '.join(splits)}"
         )
     names = _read_names(root, split)
-    files = {
-        file.stem: file.name
-        for file in sorted((root / "JPEGImages").iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    }
+    files: dict[str, str] = {}
+    wanted = set(names)
+    for file in sorted((root / "JPEGImages").iterdir()):
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.stem in wanted:
+            if file.stem in files:
+                raise ValueError(f"{root} has two images '{file.stem}' in JPEGImages")
+            files[file.stem] = file.name
     files = {name: files.get(name, f"{name}.jpg") for name in names}
-    objects = [_read_objects(root / "Annotations" / f"{name}.xml") for name in names]
-    classes = {name: i for i, name in enumerate(sorted({o[0] for os in objects for o in os}), 1)}
-    if not classes:
+    read = [_read_annotations(root / "Annotations" / f"{name}.xml") for name in names]
+    found = {name for _, objects in read for name, _, _ in objects}
+    if not found:
         raise ValueError(f"{root} has no object in split '{split}'")
+    classes = {name: i for i, name in enumerate(sorted(found), start=1)}
+    corners = [corners for _, objects in read for _, corners, _ in objects]
+    # Fractions of the image are no VOC; that is found where boxes are checked.
+    in_pixels = max(max(c) for c in corners) > 1
     sizes = examine([root / "JPEGImages" / files[name] for name in names])
-    images = [
-        make_image(i, files[name], size)
-        for i, (name, size) in enumerate(zip(names, sizes, strict=True), start=1)
-    ]
-    annotations = [
-        Annotation(
-            id=0, image_id=i, category_id=classes[name], bbox=box, area=box[2] * box[3], iscrowd=d
-        )
-        for i, (own, size) in enumerate(zip(objects, sizes, strict=True), start=1)
-        for name, box, d in own
-        if not isinstance(size, str)
-    ]
-    for i, annotation in enumerate(annotations, start=1):
-        annotation.id = i
+    images, annotations = [], []
+    for i, (name, (said, objects), size) in enumerate(zip(names, read, sizes, strict=True), 1):
+        # The size that the boxes belong to; that a file has another is found with the images.
+        images.append(make_image(i, files[name], said or size))
+        for class_name, own, difficult in objects if not isinstance(size, str) else ():
+            box = _box(own) if in_pixels else (own[0], own[1], own[2] - own[0], own[3] - own[1])
+            annotations.append(
+                Annotation(
+                    id=len(annotations) + 1,
+                    image_id=i,
+                    category_id=classes[class_name],
+                    bbox=box,
+                    area=box[2] * box[3],
+                    iscrowd=difficult,
+                )
+            )
     categories = [Category(id=i, name=name) for name, i in classes.items()]
     return Coco(images=images, categories=categories, annotations=annotations)
 
@@ -70,7 +79,7 @@ def read_voc(root: Path, split: str) -> Coco:
 def _read_names(root: Path, split: str) -> list[str]:
     """The names of a split's images. Lists of one class have a number behind each name."""
     file = root / "ImageSets" / "Main" / f"{split}.txt"
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_text(file).splitlines()]
     names, missing = [], []
     for line in filter(None, lines):
         found = [n for n in (line, line.split()[0]) if (root / f"Annotations/{n}.xml").is_file()]
@@ -86,16 +95,25 @@ def _read_names(root: Path, split: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _read_objects(file: Path) -> list[tuple[str, tuple[float, float, float, float], int]]:
-    """Class, box (x, y, width, height in pixels from 0) and whether difficult, of each object."""
+Corners = tuple[float, float, float, float]
+
+
+def _read_annotations(
+    file: Path,
+) -> tuple[tuple[int, int] | None, list[tuple[str, Corners, int]]]:
+    """Height and width if they are told; class, corners and whether difficult of each object."""
     try:
-        objects = ElementTree.parse(file).getroot().findall("object")
-    except ElementTree.ParseError as error:
+        root = ElementTree.parse(file).getroot()
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{file} is not valid xml ({error})") from None
-    return [_read_object(file, i, element) for i, element in enumerate(objects, start=1)]
+    sizes = [root.findtext(f"size/{side}") or "" for side in ("height", "width")]
+    is_told = all(size.strip().isdecimal() and int(size) > 0 for size in sizes)
+    size = tuple(map(int, sizes)) if is_told else None
+    elements = enumerate(root.findall("object"), start=1)
+    return size, [_read_object(file, i, element) for i, element in elements]
 
 
-def _read_object(file: Path, number: int, element: ElementTree.Element):
+def _read_object(file: Path, number: int, element: ElementTree.Element) -> tuple[str, Corners, int]:
     name = (element.findtext("name") or "").strip()
     if not name:
         raise ValueError(f"{file}: object {number} has no name")
@@ -105,9 +123,16 @@ def _read_object(file: Path, number: int, element: ElementTree.Element):
         try:
             corners.append(float(text))
         except (TypeError, ValueError):
-            raise ValueError(f"{file}: object {number} has {corner} {text!r}, no number") from None
+            corners.append(math.nan)
+        if not abs(corners[-1]) < 1e7:
+            raise ValueError(f"{file}: object {number} has {corner} {text!r}, no number")
+    difficult = (element.findtext("difficult") or "0").strip() == "1"
+    return name, tuple(corners), int(difficult)
+
+
+def _box(corners: Corners) -> Corners:
+    """x, y, width and height in pixels from 0."""
     x, y, right, bottom = corners
     # A box without extent stays one, though a pixel from corner to the same corner has some.
     width, height = (far - near + (far > near) for near, far in ((x, right), (y, bottom)))
-    difficult = (element.findtext("difficult") or "0").strip() == "1"
-    return name, (x - 1, y - 1, width, height), int(difficult)
+    return x - 1, y - 1, width, height

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -9,10 +10,11 @@ import yaml
 from libra_d2.config import suggest
 
 from .coco_json import Annotation, Category, Coco, Image, make_image
-from .images import examine, find_images
+from .images import examine, find_images, read_text
 
 __all__ = ["read_yolo"]
 
+_NO_SPLITS = ("path", "names", "nc", "download", "kpt_shape", "flip_idx", "channels", "yaml_file")
 _SLACK = 0.01  # how far beyond 0 and 1 coordinates may be by rounding
 
 
@@ -32,9 +34,12 @@ def read_yolo(file: Path, split: str) -> tuple[Coco, Path]:
         ValueError: naming the file and what is wrong.
     """
     content, classes = _read_yaml(file)
-    splits = [name for name in ("train", "val", "test", "minival") if content.get(name)]
-    splits += [k for k in content if k not in splits and str(k).startswith(("train", "val", "te"))]
-    if not content.get(split):
+    splits = [
+        str(key)
+        for key, value in content.items()
+        if key not in _NO_SPLITS and isinstance(value, (str, list)) and value
+    ]
+    if split not in splits:
         raise ValueError(
             f"{file} has no split '{split}'{suggest(split, splits)}; there is {', '.join(splits)}"
         )
@@ -49,6 +54,9 @@ def read_yolo(file: Path, split: str) -> tuple[Coco, Path]:
     if not paths:
         raise ValueError(f"{file}: split '{split}' has no images in {', '.join(map(str, entries))}")
     labels = [_label_file(path) for path in paths]
+    shared = [path for path, n in Counter(labels).items() if n > 1 and path.is_file()]
+    if shared:
+        raise ValueError(f"{shared[0]} belongs to two images of the same name")
     if not any(label.is_file() for label in labels):
         raise ValueError(
             f"{file}: no image of split '{split}' has a file of labels; that of {paths[0]} would "
@@ -76,16 +84,22 @@ def _read_yaml(file: Path) -> tuple[dict, list[str]]:
     if not file.is_file():
         raise ValueError(f"{file} does not exist or is not a file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        content = yaml.safe_load(read_text(file))
+    except yaml.YAMLError:
         raise ValueError(f"{file} is not valid yaml") from None
     names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{file} must have names, a list of the classes or a mapping 0: name, ...")
-    if content.get("nc", len(names)) != len(names):
+    if str(content.get("nc", len(names))) != str(len(names)):
         raise ValueError(f"{file} has nc {content['nc']} but {len(names)} names")
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == "":
+            raise ValueError(
+                f"{file} has {name!r} among its names; they must be text, and such as yes, no and "
+                "null in quotation marks"
+            )
     names = [str(name) for name in names]
     if len(set(names)) < len(names):
         raise ValueError(f"{file} has two names that are the same")
@@ -106,7 +120,7 @@ def _find(file: Path, content: dict, entry: str) -> Path:
 
 def _listed(file: Path) -> list[Path]:
     """The images that a text file lists, relative to its folder."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_text(file).splitlines()]
     return [Path(os.path.abspath(file.parent / line)) for line in lines if line]
 
 
@@ -116,7 +130,9 @@ def _label_file(image: Path) -> Path:
     folders = [i for i, part in enumerate(parts[:-1]) if part == "images"]
     if folders:
         parts[folders[-1]] = "labels"
-    return Path(*parts)
+    file = Path(*parts)
+    upper = file.with_suffix(".TXT")
+    return upper if upper.is_file() and not file.is_file() else file
 
 
 def _check_no_stray_labels(images: list[Path]) -> None:
@@ -132,7 +148,7 @@ def _read_labels(file: Path, image: Image, num_classes: int) -> list[Annotation]
     if not file.is_file():
         return []
     annotations = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         if line.strip():
             where = f"{file}, line {number}"
             annotations.append(_read_label(line, where, image, num_classes))

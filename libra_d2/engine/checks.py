@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
     META_ARCH_REGISTRY,
@@ -20,7 +21,7 @@ from .config_file import config_files
 from .evaluators import choose_evaluator
 from .output_dir import check_output_dir
 from .trainer import LibraTrainer
-from .weights import check_weights
+from .weights import check_classes_of, check_weights
 
 __all__ = ["check_run"]
 
@@ -64,6 +65,10 @@ def check_run(
     output = Path(cfg.OUTPUT_DIR)
     inputs = [*config_files(config_file), cfg.MODEL.WEIGHTS]
     inputs += [*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST]
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(name)
+            inputs += [metadata.get("json_file"), *metadata.get("files", ())]
     options = {"resume": resume, "overwrite": overwrite}
     check_output_dir(output, training=not eval_only, inputs=inputs, **options)
     if not eval_only:
@@ -81,11 +86,15 @@ def check_run(
         raise ValueError(f"no model can be built from this config: {what}") from error
     last = output / "last_checkpoint"
     if resume and last.exists():
-        check_weights(str(output / last.read_text().strip()), model, "the last checkpoint")
+        checkpoint = str(output / last.read_text().strip())
+        check_weights(checkpoint, model, "the last checkpoint")
+        check_classes_of(checkpoint, cfg.DATASETS.CLASS_NAMES, "the last checkpoint")
     else:
         if eval_only and not cfg.MODEL.WEIGHTS:
             raise ValueError("MODEL.WEIGHTS is empty; name the checkpoint to evaluate")
         check_weights(cfg.MODEL.WEIGHTS, model, "MODEL.WEIGHTS")
+        if eval_only:
+            check_classes_of(cfg.MODEL.WEIGHTS, cfg.DATASETS.CLASS_NAMES, "MODEL.WEIGHTS")
 
 
 def _on_cpu(cfg: CfgNode) -> CfgNode:
@@ -131,11 +140,14 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
         "num_classes": None if is_agnostic else cfg.MODEL[key].NUM_CLASSES,
         "num_classes_key": f"MODEL.{key}.NUM_CLASSES",
     }
-    fields = ("segmentation",) * cfg.MODEL.MASK_ON + ("keypoints",) * cfg.MODEL.KEYPOINT_ON
+    fields = ()
+    if cfg.MODEL.MASK_ON:
+        fields += ("polygons" if cfg.INPUT.MASK_FORMAT == "polygon" else "segmentation",)
+    fields += ("keypoints",) * cfg.MODEL.KEYPOINT_ON
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name a data set with --train")
     for name in () if eval_only else cfg.DATASETS.TRAIN:
         check_dataset(name, for_training=True, fields=fields, **classes)
     for name in cfg.DATASETS.TEST:
-        check_dataset(name, for_training=False, **classes)
+        check_dataset(name, for_training=False, fields=fields, **classes)
         choose_evaluator(name)

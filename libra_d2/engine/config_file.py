@@ -99,6 +99,8 @@ def _settle_device(cfg: CfgNode) -> None:
         raise ValueError(
             f"MODEL.DEVICE must be a device of torch such as cuda or cpu, got '{cfg.MODEL.DEVICE}'"
         ) from None
+    if device.type == "meta":
+        raise ValueError("MODEL.DEVICE meta holds no numbers; use cuda or cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds {torch.cuda.device_count()} GPUs; "

@@ -11,6 +11,8 @@ from libra_d2.data.coco_json import read_coco
 from libra_d2.data.digits import SPLITS
 from libra_d2.data.sources import Source, check_classes, is_source, open_source, register_source
 
+from .weights import class_names_of
+
 __all__ = ["register_data", "take_from_data"]
 
 # Keys in epochs, and those in iterations that they settle.
@@ -21,6 +23,8 @@ _EPOCHS = {
     "SOLVER.CHECKPOINT_EPOCHS": "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_EPOCHS": "TEST.EVAL_PERIOD",
 }
+
+_MOST_EPOCHS = 1_000_000
 
 
 def take_from_data(cfg: CfgNode, eval_only: bool = False) -> None:
@@ -38,10 +42,17 @@ def take_from_data(cfg: CfgNode, eval_only: bool = False) -> None:
     """
     used = (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
     sources = {name: open_source(name) for name in dict.fromkeys(used) if is_source(name)}
-    if not cfg.DATASETS.CLASS_NAMES:
-        first = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if not eval_only else cfg.DATASETS.TEST
-        cfg.DATASETS.CLASS_NAMES = _classes(first[0], sources) if first else []
     names = list(cfg.DATASETS.CLASS_NAMES)
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"DATASETS.CLASS_NAMES must be names, each once, got {names}")
+    if not names:
+        first = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if not eval_only else cfg.DATASETS.TEST
+        names = _classes(first[0], sources) if first else []
+        trained = class_names_of(cfg.MODEL.WEIGHTS)
+        # Weights know the order of their classes.
+        if trained and (eval_only or set(trained) == set(names)):
+            names = trained
+        cfg.DATASETS.CLASS_NAMES = names
     for name in used if names else ():
         own = _classes(name, sources)
         check_classes(name, own, names)
@@ -59,9 +70,9 @@ def take_from_data(cfg: CfgNode, eval_only: bool = False) -> None:
         _fill_iterations(cfg)
 
 
-def register_data(cfg: CfgNode) -> None:
+def register_data(cfg: CfgNode, eval_only: bool = False) -> None:
     """Registers the data sets named in place, in a process that has not yet."""
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         if is_source(name) and name not in DatasetCatalog.list():
             register_source(open_source(name), cfg.DATASETS.CLASS_NAMES)
 
@@ -102,8 +113,13 @@ def _fill_num_classes(cfg: CfgNode, key: str, number: int) -> None:
 def _fill_iterations(cfg: CfgNode) -> None:
     minimum = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     for key in _EPOCHS:
-        if any(epochs < 0 for epochs in _as_list(get_key(cfg, key))):
-            raise ValueError(f"{key} must not be negative, got {get_key(cfg, key)}")
+        for epochs in _as_list(get_key(cfg, key)):
+            if not isinstance(epochs, (int, float)) or not 0 <= epochs <= _MOST_EPOCHS:
+                raise ValueError(
+                    f"{key} must be in [0, {_MOST_EPOCHS}] epochs, got {get_key(cfg, key)}"
+                )
+    if cfg.SOLVER.IMS_PER_BATCH < 1:
+        return  # which is said by the checks of the config
     try:
         filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         images = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty, minimum)

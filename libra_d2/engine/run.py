@@ -110,7 +110,7 @@ def one_sentence_errors(program: str) -> Iterator[None]:
 def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """One process's part."""
     silence_known_warnings()
-    register_data(cfg)
+    register_data(cfg, args.eval_only)
     _setup(cfg, args)
     if args.eval_only:
         model = LibraTrainer.build_model(cfg)

@@ -1,5 +1,6 @@
 """Files of weights: read by detectron2's checkpointer, and checked before a run."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlparse
@@ -10,7 +11,7 @@ from torch import nn
 
 from libra_d2.checkpoint import read_weights
 
-__all__ = ["WeightsCheckpointer", "check_weights"]
+__all__ = ["WeightsCheckpointer", "check_classes_of", "check_weights", "class_names_of"]
 
 
 class WeightsCheckpointer(DetectionCheckpointer):
@@ -41,6 +42,28 @@ class WeightsCheckpointer(DetectionCheckpointer):
         if filename.endswith(".safetensors"):
             return {"model": read_weights(filename)["model"]}
         return super()._load_file(filename)
+
+
+def class_names_of(weights: str) -> list[str]:
+    """The names of classes that a checkpoint of this project has beside its weights; or none."""
+    if not weights.endswith(".pth") or not os.path.isfile(weights):
+        return []
+    try:
+        names = read_weights(weights).get("class_names")
+    except ValueError:
+        return []
+    is_right = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_right else []
+
+
+def check_classes_of(weights: str, class_names: Sequence[str], name: str) -> None:
+    """Raises ``ValueError`` if weights go on that were trained for other classes."""
+    trained = class_names_of(weights)
+    if trained and class_names and trained != list(class_names):
+        raise ValueError(
+            f"{name} '{weights}' was trained for the classes {', '.join(trained)}, in this order; "
+            f"the data or DATASETS.CLASS_NAMES have {', '.join(class_names)}"
+        )
 
 
 def check_weights(weights: str, model: nn.Module, name: str) -> None:

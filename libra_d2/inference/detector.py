@@ -13,17 +13,18 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
-from libra_d2.checkpoint import read_weights
 from libra_d2.config import suggest
-from libra_d2.data.images import open_image
+from libra_d2.data.images import open_image, to_rgb
 from libra_d2.engine import load_config
-from libra_d2.engine.weights import WeightsCheckpointer, check_weights
+from libra_d2.engine.weights import WeightsCheckpointer, check_weights, class_names_of
 
 from .result import Result
 
 __all__ = ["Detector"]
 
+_MOST_ELONGATED = 100  # beyond, a side vanishes when images are resized
 # Anything that is an image; numpy arrays are (H, W, 3) or (H, W), tensors (3, H, W).
+_WHAT = "an image must be a path, a PIL image, an array or a tensor"
 ImageLike = str | Path | Image.Image | np.ndarray | torch.Tensor
 
 
@@ -59,10 +60,14 @@ class Detector:
         batch_size: int = 1,
         opts: Sequence[str] = (),
     ):
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold!r}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        if not isinstance(path, (str, Path)):
+            raise ValueError(f"path must be a run's folder, weights or a config, got {path!r}")
+        device = None if device is None else str(device)
+        classes = [classes] if isinstance(classes, str) else list(classes or ())
         self.batch_size = batch_size
         self.cfg, weights = _find(Path(path), threshold, device, opts)
         self.model = build_model(self.cfg).eval()
@@ -96,6 +101,8 @@ class Detector:
             raise ValueError(f"channels must be RGB or BGR, got '{channels}'")
         if isinstance(images, ImageLike):
             return self._detect([images], channels)[0]
+        if not isinstance(images, Iterable):
+            raise ValueError(f"{_WHAT}, or several; got {type(images).__name__}")
         images = list(images)
         batches = (images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size))
         return [result for batch in batches for result in self._detect(batch, channels)]
@@ -113,6 +120,8 @@ class Detector:
         if self.cfg.INPUT.FORMAT == "BGR":
             image = image[:, :, ::-1]
         height, width = image.shape[:2]
+        if max(height, width) > _MOST_ELONGATED * min(height, width):
+            raise ValueError(f"an image of {width}x{height} is too narrow to detect in")
         image = self._resize.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float)
         return {"image": tensor, "height": height, "width": width}
@@ -136,10 +145,13 @@ def _to_rgb(image: ImageLike, channels: str) -> np.ndarray:
     if isinstance(image, (str, Path)):
         return np.asarray(open_image(image))
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(to_rgb(image))
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{_WHAT}; got {type(image).__name__}")
     if image.ndim == 2:
         image = np.repeat(image[:, :, None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -212,9 +224,12 @@ def _class_names(cfg: CfgNode, weights: str) -> list[str]:
     one_stage = "RetinaNet" in cfg.MODEL.META_ARCHITECTURE
     number = cfg.MODEL["RETINANET" if one_stage else "ROI_HEADS"].NUM_CLASSES
     beside = Path(weights).with_suffix(".classes.json")
-    candidates = [list(cfg.DATASETS.CLASS_NAMES)]
-    if weights.endswith(".pth") and Path(weights).is_file():
-        candidates.append(list(read_weights(weights).get("class_names", ())))
+    own = list(cfg.DATASETS.CLASS_NAMES)
+    if own and len(own) != number:
+        raise ValueError(
+            f"NUM_CLASSES is {number} but DATASETS.CLASS_NAMES has {len(own)}: {', '.join(own)}"
+        )
+    candidates = [own, class_names_of(weights)]
     if beside.is_file():
         candidates.append(json.loads(beside.read_text()))
     candidates += [list(MetadataCatalog.get(n).get("thing_classes", ())) for n in cfg.DATASETS.TEST]

@@ -62,7 +62,7 @@ def open_images(sources: Sequence[str], limit: int | None = None) -> Images:
     first = sources[0]
     is_data = is_source(first) or first in DatasetCatalog.list()
     is_video = Path(first).suffix.lower() in VIDEO_SUFFIXES
-    is_camera = first.isdigit() and not Path(first).exists()
+    is_camera = first.isascii() and first.isdigit() and not Path(first).exists()
     if is_data or is_video or is_camera:
         if len(sources) > 1:
             raise ValueError(f"'{first}' must be the only source")
@@ -113,15 +113,19 @@ def _dataset(name: str) -> Images:
         for r in records
     )
     files = [record["file_name"] for record in records]
+    files += metadata.get("files", ()) or filter(None, [metadata.get("json_file")])
     category_ids = sorted(ids, key=ids.get)
     names = metadata.get("thing_classes", ())
     return Images(items, len(records), None, category_ids, names, files)
 
 
 def _video(source: str | int) -> Images:
-    capture = cv2.VideoCapture(source)
-    is_read, _ = capture.read() if capture.isOpened() else (False, None)
-    capture.release()
+    try:
+        capture = cv2.VideoCapture(source)
+        is_read, _ = capture.read() if capture.isOpened() else (False, None)
+        capture.release()
+    except (cv2.error, OverflowError):
+        is_read = False
     if not is_read:
         what = f"camera {source}" if isinstance(source, int) else f"'{source}'"
         raise ValueError(f"{what} cannot be opened as a video")

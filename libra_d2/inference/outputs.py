@@ -21,7 +21,7 @@ from libra_d2.drawing import draw, make_sheet
 from .inputs import Images, Item
 from .result import Result
 
-__all__ = ["Sink", "open_sinks"]
+__all__ = ["Sink", "check_outputs", "open_sinks"]
 
 _SHEET = 8  # images on a sheet, if it is not said
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -37,27 +37,73 @@ class Sink(Protocol):
         """Writes what is left, once all are there."""
 
 
-def open_sinks(options: dict[str, Any], images: Images) -> list[Sink]:
-    """What command-line options ask to be written; a line an image on the screen if nothing.
+_FILES = ("json", "json_images", "csv", "sheet", "video")
+_FOLDERS = ("txt", "save_images", "crop")
+
+
+def check_outputs(options: dict[str, Any], images: Images, model: str) -> None:
+    """Checks that what is to be written can be, and takes the place of nothing unasked.
+
+    Args:
+        options: of the command line, by name.
+        images: what is looked at.
+        model: the run's folder, weights or config.
 
     Raises:
-        ValueError: if a place can't be written to, or is an input.
+        ValueError: naming the option and what is wrong.
     """
     inputs = {Path(file).resolve() for file in images.files}
-    for name in ("json", "json_images", "csv", "sheet", "video"):
-        if options.get(name):
-            _check_file(f"--{name.replace('_', '-')}", Path(options[name]), inputs)
-    for name in ("txt", "save_images", "crop"):
-        folder = options.get(name)
-        if folder and Path(folder).exists() and not Path(folder).is_dir():
-            raise ValueError(f"--{name.replace('_', '-')} '{folder}' is not a folder")
-        if folder and name != "txt" and Path(folder).resolve() in {f.parent for f in inputs}:
-            raise ValueError(
-                f"--{name.replace('_', '-')} '{folder}' is the folder of the images, which would "
-                "be lost; give another"
-            )
+    inputs.add(Path(model).resolve())
+    places: dict[Path, str] = {}
+    for name in (*_FILES, *_FOLDERS):
+        if not options.get(name):
+            continue
+        option, path = f"--{name.replace('_', '-')}", Path(options[name])
+        if path.resolve() in places:
+            raise ValueError(f"{option} and {places[path.resolve()]} are both '{path}'")
+        places[path.resolve()] = option
+        (_check_file if name in _FILES else _check_folder)(option, path, inputs)
+        if (
+            path.exists()
+            and not options.get("overwrite")
+            and (path.is_file() or any(path.iterdir()))
+        ):
+            raise ValueError(f"{option} '{path}' exists; give --overwrite to write there")
+        _check_writable(path.parent if name in _FILES else path)
     if options.get("video") and images.fps is None:
         raise ValueError("--video needs a video or a camera as its source")
+
+
+def _check_file(option: str, path: Path, inputs: set[Path]) -> None:
+    if path.is_dir():
+        raise ValueError(f"{option} '{path}' is a folder")
+    if any(path.exists() and file.exists() and path.samefile(file) for file in inputs):
+        raise ValueError(f"{option} '{path}' is read itself; it would be lost")
+    if (path.parent / "last_checkpoint").exists() and path.exists():
+        raise ValueError(f"{option} '{path}' is a file of a training run; it would be lost")
+    endings = {"--sheet": _PICTURES, "--video": (".mp4",)}.get(option)
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(f"{option} must end in {' or '.join(endings)}, got '{path}'")
+
+
+def _check_folder(option: str, path: Path, inputs: set[Path]) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{option} '{path}' is not a folder")
+    if any(path.resolve() in file.parents for file in inputs):
+        raise ValueError(f"{option} '{path}' is a folder of what is read; give another")
+
+
+def _check_writable(folder: Path) -> None:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"folder '{folder}' cannot be written to: {error.strerror}") from error
+
+
+def open_sinks(options: dict[str, Any], images: Images) -> list[Sink]:
+    """What command-line options ask to be written; a line an image on the screen if nothing."""
     names = _unique_names(images.files)
     kinds: dict[str, Any] = {
         "json": lambda path: _Json(path, images, coco=True),
@@ -71,7 +117,12 @@ def open_sinks(options: dict[str, Any], images: Images) -> list[Sink]:
         ),
         "video": lambda path: _Video(path, images.fps),
     }
-    sinks = [make(Path(options[name])) for name, make in kinds.items() if options.get(name)]
+    sinks = []
+    for name, make in kinds.items():
+        if options.get(name):
+            path = Path(options[name])
+            (path.parent if name in _FILES else path).mkdir(parents=True, exist_ok=True)
+            sinks.append(make(path))
     return sinks or [_Screen()]
 
 
@@ -88,24 +139,6 @@ def _unique_names(files: Sequence[str]) -> dict[str, str]:
         else:
             names[file] = path.stem
     return names
-
-
-def _check_file(option: str, path: Path, inputs: set[Path]) -> None:
-    if path.resolve() in inputs:
-        raise ValueError(f"{option} '{path}' is one of the images; it would be lost")
-    if path.is_dir():
-        raise ValueError(f"{option} '{path}' is a folder")
-    endings = {"--sheet": _PICTURES, "--video": (".mp4",)}.get(option)
-    if endings and path.suffix.lower() not in endings:
-        raise ValueError(f"{option} must end in {' or '.join(endings)}, got '{path}'")
-    _make_folder(path.parent)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"folder '{folder}' cannot be made: {error.strerror}") from error
 
 
 class _Screen:
@@ -162,7 +195,6 @@ class _Folder:
     """Files named like the images."""
 
     def __init__(self, folder: Path, names: dict[str, str]):
-        _make_folder(folder)
         self.folder, self.names = folder, names
 
     def name(self, item: Item) -> str:

@@ -2,20 +2,22 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 from tqdm import tqdm
 
 from .detector import Detector
 from .inputs import Images, Item
 from .outputs import Sink
+from .result import Result
 
 __all__ = ["predict"]
 
 
-def predict(detector: Detector, images: Images, sinks: Sequence[Sink]) -> int:
+def predict(detector: Detector, images: Images, make_sinks: Callable[[], list[Sink]]) -> int:
     """Detects in all images and gives the results to the sinks; tells the speed at the end.
 
     Returns:
@@ -23,7 +25,7 @@ def predict(detector: Detector, images: Images, sinks: Sequence[Sink]) -> int:
     """
     if images.category_ids and images.class_names and list(images.class_names) != detector.names:
         images.category_ids = _match(images, detector.names)
-    speed = _Speed()
+    sinks, speed = make_sinks(), _Speed()
     try:
         _go_through(detector, images, sinks, speed)
     except KeyboardInterrupt:  # a camera has no other end
@@ -57,12 +59,30 @@ def _go_through(detector: Detector, images: Images, sinks: Sequence[Sink], speed
                 speed.num_skipped += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         start = time.perf_counter()
-        results = detector([image for _, image in loaded]) if loaded else []
+        results = _detect(detector, loaded, speed)
         speed.seconds += time.perf_counter() - start
-        speed.num_images += len(loaded)
-        for (item, _), result in zip(loaded, results, strict=True):
+        speed.num_images += len(results)
+        for item, result in results:
             for sink in sinks:
                 sink.add(item, result)
+
+
+def _detect(
+    detector: Detector, loaded: list[tuple[Item, np.ndarray]], speed: _Speed
+) -> list[tuple[Item, Result]]:
+    """Results of a batch, without the images that are of no size to detect in."""
+    if len(loaded) > 1:
+        try:
+            results = detector([image for _, image in loaded])
+            return [(item, result) for (item, _), result in zip(loaded, results, strict=True)]
+        except ValueError:  # one of them; which is found below
+            return [pair for single in loaded for pair in _detect(detector, [single], speed)]
+    try:
+        return [(item, detector(image)) for item, image in loaded]
+    except ValueError as error:
+        speed.num_skipped += 1
+        tqdm.write(f"skipped: '{loaded[0][0].name}': {error}", file=sys.stderr)
+        return []
 
 
 def _match(images: Images, names: Sequence[str]) -> list[int]:
