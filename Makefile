@@ -4,10 +4,11 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 DEMO := output/demo
 
-.PHONY: help demo test lint benchmark clean
+.PHONY: help demo compare test lint benchmark clean
 
 help:
 	@echo "make demo       train a small Libra Faster R-CNN, evaluate it and draw what it finds"
+	@echo "make compare    train the demo and its plain twin, and compare them"
 	@echo "make test       run the tests"
 	@echo "make lint       check style and formatting"
 	@echo "make benchmark  measure speed and memory (minutes; ARGS=--help for options)"
@@ -21,6 +22,9 @@ demo: .venv/requirements
 	  OUTPUT_DIR $(DEMO) $(ARGS)
 	@$(PY) tools/predict.py $(DEMO) digits_val --num-images 8 --sheet $(DEMO)/predictions.jpg --overwrite
 	@$(PY) tools/analyse.py $(DEMO)/metrics.json $(DEMO)/training.png
+
+compare: .venv/requirements .venv/detectron2
+	@$(PY) tools/ablate.py tools/plans/demo.yaml --output output/compare $(ARGS)
 
 test: .venv/requirements
 	@$(MAKE) --no-print-directory .venv/detectron2 2> /dev/null || true

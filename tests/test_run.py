@@ -25,12 +25,17 @@ from libra_d2.data.digits import Split, make_digits
 from libra_d2.engine import LibraTrainer, check_run, checks, load_config, main
 
 ROOT = CONFIGS.parent
+FOCAL = ("table1a_alpha0.25", "table1b_gamma2.0", "table1d_focal", "table1d_ohem_batch128_nms0.5")
 TRAINED = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.rglob("*.yaml")
     if not path.name.startswith("Base")
     # Those only run converted weights: tests/test_checkpoint.py does that.
     and not ("_mmdet" in path.name and "weights/" in path.read_text())
+    # tests/test_own_data.py trains these.
+    and path.parent.name != "Finetune"
+    # They differ in numbers alone, which tests/test_config.py compares with the paper.
+    and not (path.name.startswith("table1") and path.stem not in FOCAL)
 )
 
 
@@ -557,8 +562,8 @@ def test_the_screen_shows_no_known_noise(tmp_path):
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "detectron2").exists(), reason="needs make's own .venv")
-def test_make_demo_at_a_tenth_of_its_length(tmp_path):
-    args = "SOLVER.MAX_ITER 84 TEST.EVAL_PERIOD 84 SOLVER.CHECKPOINT_PERIOD 84"
+def test_make_demo_at_a_fraction_of_its_length(tmp_path):
+    args = "SOLVER.MAX_ITER 60 TEST.EVAL_PERIOD 60 SOLVER.CHECKPOINT_PERIOD 60"
     result = subprocess.run(
         ["make", "demo", f"DEMO={tmp_path}", f"ARGS={args}"],
         capture_output=True,

@@ -12,7 +12,7 @@ from libra_d2.config import choose
 from libra_d2.layers import BalancedFeaturePyramid
 
 from .balanced_pyramid import BalancedPyramid, levels_to_balance
-from .pyramids import build_pyramid, p6p7_from
+from .pyramids import PAFPN, build_pyramid, p6p7_from
 from .switches import naming_keys
 
 __all__ = [
@@ -60,6 +60,16 @@ def build_small_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
         ValueError: if the widths are not four, or two in a row are the same.
     """
     return build_pyramid(cfg, _build_small_resnet(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_small_resnet_pafpn_backbone(cfg, input_shape: ShapeSpec) -> Backbone:
+    """The same with PAFPN.
+
+    Raises:
+        ValueError: if the widths are not four, or two in a row are the same.
+    """
+    return build_pyramid(cfg, _build_small_resnet(cfg, input_shape), LastLevelMaxPool(), kind=PAFPN)
 
 
 @BACKBONE_REGISTRY.register()

@@ -1,0 +1,205 @@
+"""Plans, runs, statistics and tables of ablations."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from formats import make_coco
+from scipy import stats
+from toys import CONFIGS, TOY, run_tool
+
+from libra_d2.engine import ablation
+from libra_d2.engine.ablation import Data, list_runs, read_plan
+from libra_d2.engine.comparison import compare, make_table, plot, read_csv, write_csv
+from libra_d2.statistics import Difference, bootstrap_images, paired_difference
+
+PLANS = sorted((CONFIGS.parent / "tools" / "plans").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_coco(folder)
+    return f"coco:{folder}/annotations.json"
+
+
+class TestStatistics:
+    def test_students_interval_by_hand(self):
+        values, baseline = [51.0, 49.0, 50.5, 48.0], [50.0, 48.5, 48.0, 48.2]
+        found = paired_difference(values, baseline)
+        d = np.array([1.0, 0.5, 2.5, -0.2])
+        half = stats.t.ppf(0.975, 3) * d.std(ddof=1) / 2
+        assert found.mean == pytest.approx(0.95)
+        assert (found.low, found.high) == pytest.approx((0.95 - half, 0.95 + half))
+        assert not found.excludes_zero
+        assert paired_difference([2.0, 2.1, 1.9], [0.0, 0.0, 0.0]).excludes_zero
+
+    def test_one_pair_has_no_interval(self):
+        found = paired_difference([2.0], [1.0])
+        assert found.mean == 1.0 and np.isnan(found.low) and not found.excludes_zero
+
+    def test_pairs_must_be_complete(self):
+        with pytest.raises(ValueError, match="got 2 and 1"):
+            paired_difference([1.0, 2.0], [1.0])
+
+    def test_an_interval_holds_the_truth_as_often_as_it_says(self):
+        rng = np.random.default_rng(0)
+        hits = 0
+        for _ in range(400):
+            base = rng.normal(50, 2, 5)
+            found = paired_difference(base + rng.normal(1.0, 0.7, 5), base)
+            hits += found.low <= 1.0 <= found.high
+        assert 0.92 <= hits / 400 <= 0.98
+
+    def test_bootstrap(self, tmp_path):
+        """A model that finds two thirds of the objects against one that finds all."""
+        rng = np.random.default_rng(0)
+        images = [{"id": i, "height": 100, "width": 100, "file_name": "x"} for i in range(1, 31)]
+        annotations = [
+            {
+                "id": i,
+                "image_id": 1 + i % 30,
+                "category_id": 1 + i % 2,
+                "bbox": [*rng.uniform(0, 50, 2), 30, 30],
+                "area": 900,
+                "iscrowd": 0,
+            }
+            for i in range(1, 91)
+        ]
+        truth = {"images": images, "annotations": annotations}
+        truth["categories"] = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
+        results = [
+            {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+            for a in annotations
+        ]
+        files = [tmp_path / name for name in ("truth.json", "all.json", "most.json")]
+        for file, content in zip(
+            files, (truth, results, [r for i, r in enumerate(results) if i % 3]), strict=True
+        ):
+            file.write_text(json.dumps(content))
+        found = bootstrap_images(*files, num_resamples=50)
+        assert 20 < found.mean < 50 and found.low < found.mean < found.high
+        assert found.excludes_zero and found.over == "images"
+        same = bootstrap_images(files[0], files[1], files[1], num_resamples=10)
+        assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+
+def results(**rows):
+    return [
+        {
+            "row": row,
+            "seed": seed,
+            "bbox/AP": ap,
+            "bbox/AP50": ap + 20,
+            "iterations": 9,
+            "seconds": 1.5,
+            "memory_mib": 100,
+            "device": "cpu",
+            "hashes": {"code": "1e5", "config": "002", "data": "c"},
+        }
+        for row, aps in rows.items()
+        for seed, ap in enumerate(aps, start=1)
+    ]
+
+
+def test_tables_are_made_from_the_csv(tmp_path):
+    write_csv(results(base=[50.0, 48.0, 49.0], better=[52.0, 50.1, 50.9]), tmp_path / "a.csv")
+    records = read_csv(tmp_path / "a.csv")
+    assert records[0]["code"] == "1e5" and records[0]["config"] == "002"  # hashes are no numbers
+    base, better = compare(records, "bbox/AP", "base")
+    assert base.difference is None and base.means["bbox/AP"] == 49.0
+    assert base.deviations["bbox/AP"] == pytest.approx(1.0)
+    assert better.difference == paired_difference([52.0, 50.1, 50.9], [50.0, 48.0, 49.0])
+    table = make_table([base, better], "bbox/AP")
+    assert "| base | 3 | 49.0 ± 1.0 | 69.0 ± 1.0 |  |" in table
+    assert "| **+2.0 [+1.8, +2.2]** |" in table
+    plot([base, better], "bbox/AP", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert not Difference(1.0, -0.5, 2.5).excludes_zero
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
+def test_shipped_plans_are_valid(plan, data, tmp_path):
+    plan = read_plan(str(plan))
+    plan.data = Data(train=data, test=data)
+    runs = list_runs(plan, tmp_path)
+    assert {run.row for run in runs} == set(plan.rows)
+    configs = {run.hashes["config"] for run in runs}
+    assert len(configs) == len(plan.rows)  # each row changes something, and a seed nothing
+    assert {run.hashes["code"] for run in runs} == {ablation.hash_code()}
+
+
+def test_folds_hold_each_image_out_once(data, tmp_path):
+    plan = read_plan(str(PLANS[0]))
+    plan.data, plan.seeds = Data(all=data, folds=4), [1, 2, 3, 4]
+    plan.rows = dict(list(plan.rows.items())[:1])
+    runs = list_runs(plan, tmp_path)
+    assert len({run.hashes["data"] for run in runs}) == 4
+    held_out = []
+    for i in range(1, 5):
+        parts = [
+            {image["id"] for image in json.loads(file.read_text())["images"]}
+            for file in sorted((tmp_path / "folds").glob(f"fold{i}_*.json"))
+        ]
+        assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 8
+        held_out += parts[0]
+    assert sorted(held_out) == list(range(1, 9))
+
+
+def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
+    plan = {
+        "config": "configs/Demo/Base-Demo.yaml",
+        "data": {"train": data, "test": data},
+        "seeds": [1],
+        "opts": [opt for opt in TOY[:-2] if "NUM_CLASSES" not in str(opt) and opt != 10],
+        "rows": {"base": {}, "ball": {"opts": ["MODEL.RPN.NEGATIVE_POSITIVE_UB", 5]}},
+    }
+    plan["opts"] += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    file, output = tmp_path / "plan.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(plan, sort_keys=False))
+    first = run_tool("ablate.py", file, "--output", output)
+    assert first.returncode == 0, first.stderr
+    assert "over images" in first.stdout and "With one seed" in first.stdout
+    records = read_csv(output / "results.csv")
+    assert [r["row"] for r in records] == ["base", "ball"]
+    assert all(r["seconds"] > 1 and r["memory_mib"] > 100 for r in records)
+    stamps = {f: f.stat().st_mtime_ns for f in output.rglob("model_final.pth")}
+    again = run_tool("ablate.py", file, "--output", output)
+    assert again.returncode == 0 and again.stdout == first.stdout
+    assert {f: f.stat().st_mtime_ns for f in output.rglob("model_final.pth")} == stamps
+    other = run_tool("ablate.py", file, "--output", output, "--opts", "SOLVER.BASE_LR", "1e-6")
+    assert other.returncode == 2 and "a result of other config" in other.stderr
+    (output / "ball" / "seed1" / "result.json").unlink()  # as if it had been interrupted
+    (output / "results.csv").unlink()
+    third = run_tool("ablate.py", file, "--output", output)
+    assert third.returncode == 0 and third.stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "args", "match"),
+    [
+        ("rows: []", (), "expected object, got array"),
+        ("rows: {a: {optz: []}}", (), "optz"),
+        ("rows: {}", (), "must have rows and seeds"),
+        ("rows: {a: {opts: [MODEL.NO, 1]}}", (), "row 'a': override: there is no key MODEL.NO"),
+        ("data: {train: x}", (), "data must have train and test, or all and at least two folds"),
+        ("rows: [", (), "is not valid yaml"),
+        ("", ("--rows", "z"), "there is no row 'z'; there is a"),
+        ("", ("--jobs", "0"), "--jobs must be at least 1"),
+        ("", ("--train", "x"), "give --train and --test, or --folds"),
+        ("", ("--folds", "x", "y"), "--folds must be a data set and a number"),
+    ],
+)
+def test_bad_plans(change, args, match, tmp_path):
+    plan = {
+        "config": "config: configs/Demo/Base-Demo.yaml",
+        "data": "data: {train: digits_val, test: digits_val}",
+        "rows": "rows: {a: {}}",
+    }
+    plan[change.partition(":")[0] or "rows"] = change or plan["rows"]
+    file = tmp_path / "plan.yaml"
+    file.write_text("\n".join(plan.values()))
+    result = run_tool("ablate.py", file, "--output", tmp_path / "out", *args)
+    assert result.returncode == 2 and match.lower() in result.stderr.lower(), result.stderr
+    assert not (tmp_path / "out").exists()
