@@ -73,10 +73,9 @@ class TestStatistics:
             {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
             for a in annotations
         ]
+        most = [r for i, r in enumerate(results) if i % 3]
         files = [tmp_path / name for name in ("truth.json", "all.json", "most.json")]
-        for file, content in zip(
-            files, (truth, results, [r for i, r in enumerate(results) if i % 3]), strict=True
-        ):
+        for file, content in zip(files, (truth, results, most), strict=True):
             file.write_text(json.dumps(content))
         found = bootstrap_images(*files, num_resamples=50)
         assert 20 < found.mean < 50 and found.low < found.mean < found.high
