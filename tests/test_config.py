@@ -11,8 +11,7 @@ from detectron2.modeling import build_model
 from toys import BASELINE, CONFIGS, LIBRA, RETINANET, toy_config
 
 from libra_d2.engine import load_config
-from libra_d2.engine.arithmetic import evaluate
-from libra_d2.engine.config_file import config_files
+from libra_d2.engine.arithmetic import config_files, evaluate
 from libra_d2.modeling import ScoreHlrSampler
 
 SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
@@ -137,13 +136,7 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
             ["MODEL.META_ARCHITECTURE", "LibraRetinaNet"],
             "needs .* of a two-stage detector, got LibraRetinaNet",
         ),
-        (["MODEL.ROI_HEADS.NAME", "LibraCascadeROIHeads"], "CLS_AGNOSTIC_BBOX_REG must be True"),
-        ([*CASCADE, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.6]], "must be the first of .*CASCADE"),
         ([*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.4)], "IOUS must be ascending"),
-        (
-            [*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6)],
-            "BBOX_REG_WEIGHTS must be four positive numbers for each of the 2 stages",
-        ),
         (["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**20], r"must be in \[1, 1000000000\]"),
         (["MODEL.RPN.IOU_THRESHOLDS", [0.7, 0.3]], "RPN.IOU_THRESHOLDS must be ascending"),
     ],
@@ -238,6 +231,13 @@ SIGMOID = ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]
         (LIBRA, ["MODEL.ROI_HEADS.POSITIVE_SAMPLER", "ohem", *SIGMOID], "OhemSampler.*softmax"),
         (LIBRA, ["MODEL.PISA.CARL.ENABLED", True, *SIGMOID], "Carl.*needs the softmax"),
         (LIBRA, ["MODEL.PISA.ISR_POSITIVE.ENABLED", True, *SIGMOID], "IsrPositive.*the softmax"),
+        (LIBRA, CASCADE[:2], "CLS_AGNOSTIC_BBOX_REG must be True with LibraCascadeROIHeads"),
+        (LIBRA, [*CASCADE, "MODEL.ROI_HEADS.IOU_THRESHOLDS", [0.6]], "the first of .*CASCADE_HEAD"),
+        (
+            LIBRA,
+            [*CASCADE, "MODEL.ROI_BOX_CASCADE_HEAD.IOUS", (0.5, 0.6)],
+            "BBOX_REG_WEIGHTS must be four positive numbers for each of the 2 stages",
+        ),
         (RETINANET, ["MODEL.RETINANET.P7_ACTIVATION", "gelu"], "'gelu' .*auto, relu, none"),
         (RETINANET, ["MODEL.RETINANET.CLIP_BOXES", "no"], "'no' .*auto, after_nms, before_nms"),
         (RETINANET, ["MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT", -1.0], "WEIGHT must not be negative"),

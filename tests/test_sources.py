@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from formats import NAMES, make_coco, make_voc, make_yolo
 from PIL import Image
 
-from libra_d2.data.sources import is_source, open_source, register_source
+from libra_d2.data.sources import open_source, register_source
 
 SPLITS = {"train": [1, 2, 3, 4, 5, 6], "val": [7, 8]}
 
@@ -31,14 +31,6 @@ def original(tmp_path_factory):
 def data(original, tmp_path):
     """A copy that a test may damage."""
     return shutil.copytree(original, tmp_path / "data")
-
-
-@pytest.fixture(autouse=True)
-def forget():
-    yield
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        for name in filter(is_source, catalog.list()):
-            catalog.remove(name)
 
 
 def objects_of(name, classes=()):

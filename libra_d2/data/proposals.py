@@ -1,6 +1,5 @@
 """Checks of precomputed proposals (``MODEL.LOAD_PROPOSALS``) before a run."""
 
-import pickle
 from urllib.parse import urlparse
 
 import numpy as np
@@ -10,6 +9,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import get_key
+from libra_d2.pickles import read_pickle
 
 from .coco_json import read_coco
 
@@ -17,25 +17,6 @@ __all__ = ["check_proposals"]
 
 # The names that Detectron, before detectron2, gave them; detectron2 reads both.
 _OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}
-# What a pickle of lists and arrays is made of. Anything else could run code.
-_HARMLESS = {
-    ("_codecs", "encode"),
-    ("detectron2.structures.boxes", "BoxMode"),
-    *(
-        (f"numpy.{core}multiarray", name)
-        for core in ("core.", "_core.")
-        for name in ("_reconstruct", "scalar")
-    ),
-    *((f"numpy.{core}numeric", "_frombuffer") for core in ("core.", "_core.")),
-    *(("numpy", name) for name in ("ndarray", "dtype")),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _HARMLESS:
-            raise ValueError(f"holds {module}.{name}, not only lists and numpy arrays")
-        return super().find_class(module, name)
 
 
 def check_proposals(cfg: CfgNode, split: str) -> None:
@@ -78,13 +59,7 @@ def check_proposals(cfg: CfgNode, split: str) -> None:
 
 
 def _check_file(file: str, dataset: str) -> None:
-    try:
-        with open(file, "rb") as stream:
-            content = _Unpickler(stream, encoding="latin1").load()
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError("is not a pickle") from error
+    content = read_pickle(file)
     names = ("ids", "boxes", "objectness_logits")
     if isinstance(content, dict):
         content = {_OLD_NAMES.get(name, name): value for name, value in content.items()}

@@ -4,8 +4,10 @@ import ast
 import contextlib
 import io
 import operator
+import os
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,7 +15,7 @@ from detectron2.config import CfgNode
 
 from libra_d2.config import get_key
 
-__all__ = ["ZooConfig", "evaluate", "read_yaml"]
+__all__ = ["ZooConfig", "config_files", "evaluate", "read_yaml"]
 
 TAG = "tag:yaml.org,2002:python/object/apply:eval"
 _OPERATORS = {
@@ -104,6 +106,16 @@ def _make_floats(cfg: CfgNode, defaults: CfgNode) -> None:
 def read_yaml(text: str) -> Any:
     """The content of safe yaml that may have the zoo's arithmetic."""
     return yaml.load(text, _Loader)
+
+
+def config_files(config_file: str) -> list[str]:
+    """A config file and all that it is based on, once it has been read without an error."""
+    files = []
+    while config_file and os.path.isfile(config_file):
+        files.append(config_file)
+        base = read_yaml(Path(config_file).read_text()).get("_BASE_", "")
+        config_file = base and os.path.join(os.path.dirname(config_file), os.path.expanduser(base))
+    return files
 
 
 class ZooConfig(CfgNode):

@@ -17,7 +17,7 @@ from libra_d2.config import choose, get_key
 from libra_d2.data.checks import check_dataset
 from libra_d2.data.proposals import check_proposals
 
-from .config_file import config_files
+from .arithmetic import config_files
 from .evaluators import choose_evaluator
 from .output_dir import check_output_dir
 from .trainer import LibraTrainer
@@ -71,9 +71,7 @@ def check_run(
             inputs += [metadata.get("json_file"), *metadata.get("files", ())]
     options = {"resume": resume, "overwrite": overwrite}
     check_output_dir(output, training=not eval_only, inputs=inputs, **options)
-    if not eval_only:
-        _check_batch(cfg, num_processes)
-    _check_augmentation(cfg)
+    LibraTrainer.check(cfg, 1 if eval_only else num_processes)
     _check_datasets(cfg, eval_only)
     for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         check_proposals(cfg, split)
@@ -103,34 +101,6 @@ def _on_cpu(cfg: CfgNode) -> CfgNode:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     return cfg
-
-
-def _check_augmentation(cfg: CfgNode) -> None:
-    """Checks that detectron2 has test-time augmentation for this model."""
-    allowed = {
-        "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
-        "MODEL.KEYPOINT_ON": (False,),
-        "MODEL.LOAD_PROPOSALS": (False,),
-    }
-    for key, values in allowed.items() if cfg.TEST.AUG.ENABLED else ():
-        if get_key(cfg, key) not in values:
-            raise ValueError(
-                f"TEST.AUG.ENABLED True needs {key} {values[0]}, got {get_key(cfg, key)}"
-            )
-
-
-def _check_batch(cfg: CfgNode, num_processes: int) -> None:
-    try:
-        batch = LibraTrainer.auto_scale_workers(cfg, num_processes).SOLVER.IMS_PER_BATCH
-    except AssertionError:
-        raise ValueError(
-            "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE "
-            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}, got {cfg.SOLVER.IMS_PER_BATCH}"
-        ) from None
-    if batch % num_processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of the {num_processes} processes, got {batch}"
-        )
 
 
 def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:

@@ -2,21 +2,14 @@
 
 What a class of this project refuses it says itself, when it is made: switches are made here, on
 trial; ROI heads and other modules with the model. Here are the values that detectron2 takes as they
-come, and the switches that a model does not read.
+come.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import (
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    GeneralizedRCNN,
-    ProposalNetwork,
-    SemanticSegmentor,
-)
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 
 from libra_d2.config import choose, get_key
@@ -29,48 +22,20 @@ from libra_d2.modeling import (
     POSITIVE_SAMPLERS,
     Carl,
     IsrPositive,
-    LibraRetinaNet,
-    LibraROIHeads,
-    LibraRPN,
 )
+from libra_d2.modeling.reading import check_switches_are_read
 
 __all__ = ["check_config"]
 
-_META, _HEADS = "MODEL.META_ARCHITECTURE", "MODEL.ROI_HEADS.NAME"
-_RPN = "MODEL.PROPOSAL_GENERATOR.NAME"
-# Where a config names the classes that may read switches, and this project's.
-_READERS = {
-    _META: (META_ARCH_REGISTRY, LibraRetinaNet),
-    _HEADS: (ROI_HEADS_REGISTRY, LibraROIHeads),
-    _RPN: (PROPOSAL_GENERATOR_REGISTRY, LibraRPN),
-}
-# Those that a kind of model has.
-_PLACES = {
-    DenseDetector: (_META,),
-    GeneralizedRCNN: (_HEADS, _RPN),
-    ProposalNetwork: (_RPN,),
-    SemanticSegmentor: (),
-}
-_SWITCHES = {
-    "MODEL.RETINANET.CLS_LOSS_TYPE": CLASSIFICATION_LOSSES,
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-    "MODEL.RETINANET.MATCHER": MATCHERS,
-    "MODEL.ROI_HEADS.POSITIVE_SAMPLER": POSITIVE_SAMPLERS,
-    "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": NEGATIVE_SAMPLERS,
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-    "MODEL.RPN.POSITIVE_SAMPLER": POSITIVE_SAMPLERS,
-    "MODEL.RPN.NEGATIVE_SAMPLER": NEGATIVE_SAMPLERS,
-    "MODEL.RPN.BBOX_REG_LOSS_TYPE": BOX_LOSSES,
-}
+_REGISTRIES = (BOX_LOSSES, CLASSIFICATION_LOSSES, MATCHERS, NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS)
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 _CHOICES = {
     "MODEL.LIBRA.REFERENCE": ("paper", "mmdet"),
     "MODEL.BFP.REFINE_TYPE": REFINE_TYPES,
     "MODEL.BFP.NORM": _NORMS,
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
-    "SOLVER.LR_SCHEDULER_NAME": (
-        *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
-    ),
+    "SOLVER.LR_SCHEDULER_NAME": _SCHEDULERS,
 }
 
 
@@ -141,15 +106,13 @@ def check_config(cfg: CfgNode) -> None:
         return  # which is said when the model is built
     model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     is_one_stage = issubclass(model, DenseDetector)
-    # What a model of the other kind would read may be as it is.
+    # What a model of the other kind reads may be as it is.
     unread = ("MODEL.RPN.", "MODEL.ROI_") if is_one_stage else ("MODEL.RETINANET.",)
     for what, is_right, keys in _RULES:
         for key in keys.split():
             if not key.startswith(unread):
                 _require(is_right(get_key(cfg, key)), key, what, cfg)
-    for kind, places in _PLACES.items():
-        if issubclass(model, kind):
-            _check_switches(cfg, places)
+    check_switches_are_read(cfg)
     for name in ("RETINANET",) if is_one_stage else ("RPN", "ROI_HEADS"):
         thresholds, labels = cfg.MODEL[name].IOU_THRESHOLDS, f"MODEL.{name}.IOU_LABELS"
         is_right = len(get_key(cfg, labels)) == len(thresholds) + 1
@@ -157,51 +120,12 @@ def check_config(cfg: CfgNode) -> None:
     if is_one_stage:
         for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "MODEL.LOAD_PROPOSALS"):
             _require(not get_key(cfg, key), key, "False for a one-stage detector", cfg)
-    elif "Cascade" in cfg.MODEL.ROI_HEADS.NAME:
-        _check_cascade(cfg)
-    for key, registry in _SWITCHES.items():
-        if not key.startswith(unread):
-            registry.check(key, cfg)
+    for registry in _REGISTRIES:
+        for key in registry.config_keys:
+            if not key.startswith(unread):
+                registry.check(key, cfg)
 
 
 def _require(is_right: bool, key: str, what: str, cfg: CfgNode) -> None:
     if not is_right:
         raise ValueError(f"{key} must be {what}, got {get_key(cfg, key)}")
-
-
-def _check_switches(cfg: CfgNode, places: Collection[str]) -> None:
-    """Refuses a switch that the classes named in these places do not read, and would ignore."""
-    present = []
-    for place in places:
-        registry, name = _READERS[place][0], get_key(cfg, place)
-        if name in registry:
-            present.append(registry.get(name))
-        elif name != "PrecomputedProposals":
-            return  # which is said when the model is built
-    # A user's own class may read anything.
-    if not all(hasattr(c, "switches") or c.__module__.startswith("detectron2.") for c in present):
-        return
-    read = {key for c in present for key in getattr(c, "switches", ())}
-    # First the readers that this kind of model can have: PISA's switches have two.
-    for place in sorted(_READERS, key=lambda place: place not in places):
-        reader = _READERS[place][1]
-        for key, nothing_new in reader.switches.items():
-            if key not in read and get_key(cfg, key) not in nothing_new:
-                kind = "" if place in (*places, _META) else " of a two-stage detector"
-                own = get_key(cfg, place if place in places else _META)
-                raise ValueError(
-                    f"{key} {get_key(cfg, key)} needs {place} {reader.__name__}{kind}, got {own}"
-                )
-
-
-def _check_cascade(cfg: CfgNode) -> None:
-    head = "MODEL.ROI_BOX_CASCADE_HEAD"
-    ious, weights = list(get_key(cfg, f"{head}.IOUS")), get_key(cfg, f"{head}.BBOX_REG_WEIGHTS")
-    key = "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"
-    _require(get_key(cfg, key), key, f"True with {_HEADS} {cfg.MODEL.ROI_HEADS.NAME}", cfg)
-    key = "MODEL.ROI_HEADS.IOU_THRESHOLDS"
-    is_first = list(get_key(cfg, key)) == ious[:1]
-    _require(is_first, key, f"the first of {head}.IOUS, {ious[:1]}", cfg)
-    what = f"four positive numbers for each of the {len(ious)} stages"
-    is_right = len(weights) == len(ious) and all(map(_are_weights, weights))
-    _require(is_right, f"{head}.BBOX_REG_WEIGHTS", what, cfg)

@@ -1,26 +1,22 @@
 """Reads a config file and overrides, with an error a user can act on."""
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import NUM_CLASSES, add_libra_config, get_key, set_key, suggest
 
-from .arithmetic import ZooConfig, read_yaml
+from .arithmetic import ZooConfig
 from .config_checks import check_config
+from .launch import AUTO, settle_device
 
-__all__ = ["config_files", "load_config"]
-
-# What MODEL.DEVICE is until a file or an override says otherwise.
-AUTO = "auto"
+__all__ = ["load_config"]
 
 
 def load_config(
@@ -74,40 +70,9 @@ def load_config(
         if get_key(cfg, key) is None:
             set_key(cfg, key, num_classes[key])
     check_config(cfg)
-    _settle_device(cfg)
+    settle_device(cfg)
     cfg.freeze()
     return cfg
-
-
-def config_files(config_file: str) -> list[str]:
-    """A config file and all that it is based on, once it has been read without an error."""
-    files = []
-    while config_file and os.path.isfile(config_file):
-        files.append(config_file)
-        base = read_yaml(Path(config_file).read_text()).get("_BASE_", "")
-        config_file = base and os.path.join(os.path.dirname(config_file), os.path.expanduser(base))
-    return files
-
-
-def _settle_device(cfg: CfgNode) -> None:
-    has_gpu = torch.cuda.is_available()
-    if cfg.MODEL.DEVICE == AUTO:
-        cfg.MODEL.DEVICE = "cuda" if has_gpu else "cpu"
-    try:
-        device = torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError:
-        raise ValueError(
-            f"MODEL.DEVICE must be a device of torch such as cuda or cpu, got '{cfg.MODEL.DEVICE}'"
-        ) from None
-    if device.type == "meta":
-        raise ValueError("MODEL.DEVICE meta holds no numbers; use cuda or cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds {torch.cuda.device_count()} GPUs; "
-            "use MODEL.DEVICE cpu where there is none"
-        )
-    if device.type != "cuda" and cfg.SOLVER.AMP.ENABLED:
-        raise ValueError(f"SOLVER.AMP.ENABLED needs a GPU; MODEL.DEVICE is {cfg.MODEL.DEVICE}")
 
 
 @contextlib.contextmanager

@@ -6,10 +6,41 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
-__all__ = ["check_processes", "count_processes", "is_main_process", "launch"]
+__all__ = ["check_processes", "count_processes", "is_main_process", "launch", "settle_device"]
+
+
+# What MODEL.DEVICE is until a file or an override says otherwise.
+AUTO = "auto"
+
+
+def settle_device(cfg: CfgNode) -> None:
+    """Sets ``MODEL.DEVICE`` where it is not given: to a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    has_gpu = torch.cuda.is_available()
+    if cfg.MODEL.DEVICE == AUTO:
+        cfg.MODEL.DEVICE = "cuda" if has_gpu else "cpu"
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of torch such as cuda or cpu, got '{cfg.MODEL.DEVICE}'"
+        ) from None
+    if device.type == "meta":
+        raise ValueError("MODEL.DEVICE meta holds no numbers; use cuda or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds {torch.cuda.device_count()} GPUs; "
+            "use MODEL.DEVICE cpu where there is none"
+        )
+    if device.type != "cuda" and cfg.SOLVER.AMP.ENABLED:
+        raise ValueError(f"SOLVER.AMP.ENABLED needs a GPU; MODEL.DEVICE is {cfg.MODEL.DEVICE}")
 
 
 def under_torchrun() -> bool:

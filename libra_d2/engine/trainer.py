@@ -24,10 +24,20 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from libra_d2.config import get_key
+
 from .evaluators import choose_evaluator
 from .weights import WeightsCheckpointer
 
 __all__ = ["LibraTrainer"]
+
+
+# Of what detectron2 has test-time augmentation.
+_AUGMENTED = {
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.KEYPOINT_ON": False,
+    "MODEL.LOAD_PROPOSALS": False,
+}
 
 
 class _EpochLogger(logging.LoggerAdapter):
@@ -86,6 +96,29 @@ class LibraTrainer(DefaultTrainer):
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def check(cls, cfg: CfgNode, num_processes: int) -> None:
+        """Refuses what this trainer can't do.
+
+        Args:
+            cfg: the config of a run.
+            num_processes: over which the batch is divided.
+
+        Raises:
+            ValueError: naming the key, its value and what would be right.
+        """
+        batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+        divisor = f"SOLVER.REFERENCE_WORLD_SIZE {reference}" if reference else ""
+        if not reference or batch % reference == 0:
+            batch = cls.auto_scale_workers(cfg, num_processes).SOLVER.IMS_PER_BATCH
+            divisor = f"the {num_processes} processes" if batch % num_processes else ""
+        if divisor:
+            raise ValueError(f"SOLVER.IMS_PER_BATCH must be a multiple of {divisor}, got {batch}")
+        for key, needed in _AUGMENTED.items() if cfg.TEST.AUG.ENABLED else ():
+            if get_key(cfg, key) != needed:
+                got = get_key(cfg, key)
+                raise ValueError(f"TEST.AUG.ENABLED True needs {key} {needed}, got {got}")
 
     @classmethod
     def distribute_model(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:

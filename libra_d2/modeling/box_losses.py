@@ -34,8 +34,8 @@ __all__ = [
     "detectron2s_box_loss",
 ]
 
-# Named by BBOX_REG_LOSS_TYPE of ROI_BOX_HEAD, RPN and RETINANET.
-BOX_LOSSES = SwitchRegistry("BOX_LOSSES")
+_HEADS = ("ROI_BOX_HEAD", "RPN", "RETINANET")
+BOX_LOSSES = SwitchRegistry("BOX_LOSSES", [f"MODEL.{h}.BBOX_REG_LOSS_TYPE" for h in _HEADS])
 
 # (transform, deltas (P, 4), source boxes (P, 4), ground truths (P, 4)) -> (P, 4) or (P,)
 BoxLoss = Callable[[Box2BoxTransform, Tensor, Tensor, Tensor], Tensor]

@@ -24,7 +24,7 @@ from .switches import DoesNotFit, SwitchRegistry, from_keys
 __all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
 
 # Named by MODEL.RETINANET.MATCHER.
-MATCHERS = SwitchRegistry("MATCHERS")
+MATCHERS = SwitchRegistry("MATCHERS", ("MODEL.RETINANET.MATCHER",))
 # None: the labels are left to detectron2's own matcher.
 MATCHERS.register(type(None), name="max_iou")
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import ClassVar
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import cat
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
@@ -271,6 +271,11 @@ class LibraRes5ROIHeads(BalancedSampling, Res5ROIHeads):
 class LibraCascadeROIHeads(BalancedSampling, CascadeROIHeads):
     """detectron2's cascade with balanced sampling in its first stage and balanced losses in all."""
 
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        _check_cascade(cfg)
+        return super().from_config(cfg, input_shape)
+
     def _predictor(self):
         return self.box_predictor[0]
 
@@ -286,6 +291,27 @@ class LibraCascadeROIHeads(BalancedSampling, CascadeROIHeads):
                 none = torch.zeros(len(image), dtype=torch.int64, device=ious.device)
                 image.gt_indices = ious.max(dim=0).indices if len(gt) > 0 else none
         return super()._match_and_label_boxes(proposals, stage, targets)
+
+
+def _check_cascade(cfg: CfgNode) -> None:
+    """Refuses what detectron2 would refuse without naming a key, or take as it comes."""
+    key, weights = "MODEL.ROI_BOX_CASCADE_HEAD", cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
+    ious, heads = list(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS), cfg.MODEL.ROI_HEADS
+    if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        raise ValueError(f"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be True with {heads.NAME}")
+    if list(heads.IOU_THRESHOLDS) != ious[:1]:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.IOU_THRESHOLDS must be the first of {key}.IOUS, {ious[:1]}, "
+            f"got {heads.IOU_THRESHOLDS}"
+        )
+    if len(weights) != len(ious) or not all(
+        len(stage) == 4 and all(isinstance(w, (int, float)) and w > 0 for w in stage)
+        for stage in weights
+    ):
+        raise ValueError(
+            f"{key}.BBOX_REG_WEIGHTS must be four positive numbers for each of the {len(ious)} "
+            f"stages, got {weights}"
+        )
 
 
 def _check_predictor(sampler: Sampler, predictor: nn.Module) -> None:

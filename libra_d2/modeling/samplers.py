@@ -46,9 +46,10 @@ __all__ = [
 
 MAX_IOU_BINS = 100
 
-# Named by the POSITIVE_SAMPLER and NEGATIVE_SAMPLER of ROI_HEADS and RPN.
-POSITIVE_SAMPLERS = SwitchRegistry("POSITIVE_SAMPLERS")
-NEGATIVE_SAMPLERS = SwitchRegistry("NEGATIVE_SAMPLERS")
+POSITIVE_SAMPLERS, NEGATIVE_SAMPLERS = (
+    SwitchRegistry(f"{sign}_SAMPLERS", [f"MODEL.{h}.{sign}_SAMPLER" for h in ("ROI_HEADS", "RPN")])
+    for sign in ("POSITIVE", "NEGATIVE")
+)
 # None: the choice is left to detectron2's own random subsampling, which comes after.
 for registry in (POSITIVE_SAMPLERS, NEGATIVE_SAMPLERS):
     registry.register(type(None), name="random")

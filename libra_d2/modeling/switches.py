@@ -39,7 +39,15 @@ class SwitchRegistry(Registry):
 
         @NEGATIVE_SAMPLERS.register(name="mine")
         class MySampler: ...
+
+    Args:
+        name: what it is called when it is printed.
+        keys: the config keys that name its entries.
     """
+
+    def __init__(self, name: str, keys: Iterable[str]):
+        super().__init__(name)
+        self.config_keys = tuple(keys)
 
     def register(self, obj: Any = None, *, name: str | None = None) -> Any:
         """Registers a class, as a decorator or called; under ``name``, or else the class's own.
