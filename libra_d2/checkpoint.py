@@ -193,7 +193,7 @@ def write_weights(
         overwrite: whether a file of this name may be replaced.
 
     Raises:
-        ValueError: if there is such a file, the name ends otherwise or the folder is missing.
+        ValueError: if there is such a file, or the name ends otherwise.
     """
     check_output(path, overwrite)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -213,8 +213,6 @@ def check_output(path: str, overwrite: bool) -> None:
     """Raises ``ValueError`` unless weights can be written to a file of this name."""
     if not path.endswith((".pth", ".safetensors")):
         raise ValueError(f"the output must end in .pth or .safetensors, got '{path}'")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"the folder of the output '{path}' does not exist")
     if os.path.isdir(path) or (os.path.exists(path) and not overwrite):
         raise ValueError(f"'{path}' exists; give --overwrite to replace it")
 
@@ -223,6 +221,7 @@ def write_whole(path: str, write: Callable[[str], None]) -> None:
     """Lets ``write`` write beside ``path`` and moves the outcome there, for all to read."""
     beside = f"{path}.partial"
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         os.chmod(beside, 0o644)  # safetensors' are for the owner alone
         os.replace(beside, path)

@@ -40,7 +40,8 @@ def sources(data, form):
 def command(train, val, output, *opts, config="libra_faster_rcnn_small_cpu.yaml", flags=()):
     """A toy run of a config of configs/Finetune; the number of classes is left to the data."""
     toy = list(TOY)
-    for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"):
+    iterations = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
+    for key in ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES", *iterations):
         at = toy.index(key)
         del toy[at : at + 2]
     epochs = [("SOLVER.MAX_EPOCHS", 1), ("SOLVER.STEP_EPOCHS", ()), ("SOLVER.WARMUP_EPOCHS", 0)]

@@ -245,6 +245,18 @@ class TestBadData:
         argv = command(*sources(data, "yolo"), tmp_path / "out", "SOLVER.STEP_EPOCHS", value)
         fails(capsys, argv, "SOLVER.STEP_EPOCHS must be in")
 
+    def test_iterations_beside_epochs(self, data, tmp_path, capsys):
+        argv = command(*sources(data, "yolo"), tmp_path / "out", "SOLVER.MAX_ITER", 2)
+        fails(capsys, argv, "SOLVER.MAX_ITER has no effect beside SOLVER.MAX_EPOCHS 1.0")
+        argv = command(*sources(data, "yolo"), tmp_path / "out", "SOLVER.WARMUP_EPOCHS", 1)
+        fails(capsys, argv, "WARMUP_EPOCHS must be below SOLVER.MAX_EPOCHS 1, got 1")
+
+    def test_weights_that_cannot_be_fetched(self, data, tmp_path, capsys):
+        weights = ("MODEL.WEIGHTS", "http://127.0.0.1:9/model.pkl")
+        argv = command(*sources(data, "yolo"), tmp_path / "out", *weights)
+        fails(capsys, argv, "MODEL.WEIGHTS 'http://127.0.0.1:9/model.pkl' cannot be fetched: ")
+        assert not (tmp_path / "out").exists()
+
     def test_names_given_by_hand(self, data, tmp_path, capsys):
         for names in (["a", "a"], [1, 2], [""]):
             argv = command(*sources(data, "yolo"), tmp_path / "out", "DATASETS.CLASS_NAMES", names)

@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-file",
         default=str(CONFIGS / "Base-Libra-RCNN-FPN.yaml"),
-        help="of the detector whose anchors are looked at",
+        help="of the detector whose anchors are looked at (%(default)s)",
     )
     parser.add_argument("--report", default="report.html", metavar="FILE", help="'' for none")
     parser.add_argument("--mend", metavar="OUT.json", help="write a clean copy, in COCO's format")

@@ -42,9 +42,13 @@ def make_parser() -> argparse.ArgumentParser:
     write.add_argument("--txt", metavar="FOLDER", help="YOLO labels with scores, a file an image")
     write.add_argument("--save-images", metavar="FOLDER", help="images with what was found")
     write.add_argument("--crop", metavar="FOLDER", help="each object cut out, a folder a class")
-    write.add_argument("--sheet", metavar="FILE", help="images on one picture, .jpg or .png")
+    write.add_argument(
+        "--sheet",
+        metavar="FILE",
+        help="one .jpg or .png of 8 images, or --num-images",
+    )
     write.add_argument("--video", metavar="FILE", help="a video with what was found, .mp4")
-    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score, in [0, 1]")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score: %(default)s")
     parser.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", help="cuda, cpu, ...; default: a GPU where there is one")

@@ -26,15 +26,19 @@ class AnchorRecall:
         by_size: share of the boxes that have an anchor with an IoU of 0.5, of each of COCO's sizes,
             and how many boxes there are.
         suggestion: what would be better; empty if few boxes miss.
+        min_size: shorter side of the images they are looked for in, in pixels.
     """
 
     by_size: dict[str, tuple[float, int]]
     suggestion: str
+    min_size: int
 
     def lines(self) -> list[str]:
         """A line of text, and one with the suggestion."""
         shares = ", ".join(f"{name} {r:.0%} of {n}" for name, (r, n) in self.by_size.items() if n)
-        text = f"boxes that have an anchor with an IoU of {_MET} and more: {shares}"
+        text = (
+            f"boxes that have an anchor with an IoU of {_MET}, at {self.min_size} pixels: {shares}"
+        )
         return [text, *([self.suggestion] if self.suggestion else [])]
 
 
@@ -106,7 +110,7 @@ def anchor_recall(
     suggestion = ""
     if len(missed) > 0.1 * len(tensor):
         suggestion = _suggest(missed, centered, cell_anchors)
-    return AnchorRecall(by_size, suggestion)
+    return AnchorRecall(by_size, suggestion, min_size)
 
 
 def _suggest(missed: Tensor, centered: Tensor, cell_anchors: Sequence[Tensor]) -> str:

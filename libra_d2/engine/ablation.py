@@ -182,7 +182,10 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
         bar = tqdm(total=len(runs), initial=len(runs) - len(left), unit="run", disable=None)
         try:
             for future in as_completed(futures):
-                future.result()
+                run = future.result()
+                if run:
+                    result = run.result()
+                    tqdm.write(f"{run.row}, seed {run.seed}: {result['seconds']:.0f} s")
                 bar.update()
         except BaseException:
             stop.set()
@@ -191,9 +194,10 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
             bar.close()
 
 
-def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> None:
+def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> Run | None:
+    """Trains and scores one; returns it, or None if it was stopped."""
     if stop.is_set():
-        return
+        return None
     place = places.get()
     environment = dict(os.environ)
     if torch.cuda.is_available():
@@ -215,7 +219,7 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> N
                 if stop.wait(0.2):
                     process.terminate()
                     process.wait()
-                    return
+                    return None
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             process.returncode = os.waitstatus_to_exitcode(status)
     finally:
@@ -244,6 +248,7 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> N
     partial_file = run.file.with_suffix(".partial")
     partial_file.write_text(json.dumps(result, indent=1))
     partial_file.replace(run.file)
+    return run
 
 
 def _gpu_memory(run: Run) -> int:

@@ -116,10 +116,12 @@ def make_table(lines: Sequence[Line], metric: str) -> str:
 def _difference(difference: Difference | None) -> str:
     if difference is None:
         return ""
-    text = f"{difference.mean:+.1f}"
+    ends = (difference.mean, difference.low, difference.high)
+    mean, low, high = (f"{round(x, 1) + 0.0:+.1f}" for x in ends)  # never -0.0
+    text = mean
     if np.isfinite(difference.low):
         over = " over images" if difference.over == "images" else ""
-        text += f" [{difference.low:+.1f}, {difference.high:+.1f}]{over}"
+        text += f" [{low}, {high}]{over}"
     return f"**{text}**" if difference.excludes_zero else text
 
 
@@ -143,5 +145,7 @@ def plot(lines: Sequence[Line], metric: str, path: Path) -> None:
             color = "C2" if d.low > 0 else "C3" if d.high < 0 else "0.4"
             spread = np.nan_to_num([[d.mean - d.low], [d.high - d.mean]])
             right.errorbar(d.mean, place, xerr=spread, fmt="o", capsize=3, color=color)
+    for axes in (left, right):
+        axes.ticklabel_format(axis="x", useOffset=False)
     right.set_xlabel(f"difference to {lines[0].row}, 95 % interval")
     figure.savefig(path, dpi=110)

@@ -27,7 +27,7 @@ _EPOCHS = {
 _MOST_EPOCHS = 1_000_000
 
 
-def take_from_data(cfg: CfgNode, eval_only: bool = False) -> None:
+def take_from_data(cfg: CfgNode, *, eval_only: bool = False, opts: Sequence[str] = ()) -> None:
     """Fills in what the data settle, in place, and registers the data sets named in place.
 
     ``DATASETS.CLASS_NAMES`` and the numbers of classes, where they are not given, are those of the
@@ -36,6 +36,7 @@ def take_from_data(cfg: CfgNode, eval_only: bool = False) -> None:
     Args:
         cfg: a config whose numbers of classes are None if they are not given.
         eval_only: whether training data do not matter.
+        opts: overrides that the config has taken, KEY VALUE KEY VALUE ...
 
     Raises:
         ValueError: naming a data set or key, if data cannot be read or do not fit each other.
@@ -67,6 +68,12 @@ def take_from_data(cfg: CfgNode, eval_only: bool = False) -> None:
     for key in NUM_CLASSES:
         _fill_num_classes(cfg, key, len(names))
     if not eval_only and any(get_key(cfg, key) for key in _EPOCHS):
+        for key, iterations in _EPOCHS.items():
+            if get_key(cfg, key) and iterations in opts[::2]:
+                raise ValueError(
+                    f"{iterations} has no effect beside {key} {get_key(cfg, key)}, which is in "
+                    f"epochs; give {key} 0, or that alone"
+                )
         _fill_iterations(cfg)
 
 
@@ -120,6 +127,11 @@ def _fill_iterations(cfg: CfgNode) -> None:
                 )
     if cfg.SOLVER.IMS_PER_BATCH < 1:
         return  # which is said by the checks of the config
+    if 0 < cfg.SOLVER.MAX_EPOCHS <= cfg.SOLVER.WARMUP_EPOCHS:
+        raise ValueError(
+            f"SOLVER.WARMUP_EPOCHS must be below SOLVER.MAX_EPOCHS {cfg.SOLVER.MAX_EPOCHS:g}, got "
+            f"{cfg.SOLVER.WARMUP_EPOCHS:g}"
+        )
     try:
         filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         images = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty, minimum)

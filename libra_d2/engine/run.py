@@ -76,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
         for key, value in (("DATASETS.TRAIN", args.train), ("DATASETS.TEST", args.val)):
             opts += [key, str(tuple(value))] if value else []
         opts += ["OUTPUT_DIR", args.output] if args.output else []
-        settle = partial(take_from_data, eval_only=args.eval_only)
-        cfg = load_config(args.config_file, [*opts, *args.opts], settle=settle)
+        opts += args.opts
+        settle = partial(take_from_data, eval_only=args.eval_only, opts=opts)
+        cfg = load_config(args.config_file, opts, settle=settle)
         check_processes(args, cfg.MODEL.DEVICE)
         if is_main_process():
             check_run(

@@ -70,16 +70,23 @@ def check_weights(weights: str, model: nn.Module, name: str) -> None:
     """Checks that a file of weights is there, can be read, and has something for the model.
 
     Args:
-        weights: its path; nothing and addresses are left to detectron2.
+        weights: its path; or an address, from which it is fetched; or nothing.
         model: what they are for.
         name: what to call the file: a config key.
 
     Raises:
         ValueError: if it is not so.
     """
-    url = urlparse(weights)
-    if not weights or url.scheme:
+    if not weights:
         return
+    url = urlparse(weights)
+    if url.scheme:
+        try:
+            path = PathManager.get_local_path(url._replace(query="").geturl())
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{name} '{weights}' cannot be fetched: {why}") from error
+        url = url._replace(path=path)
     if not PathManager.isfile(url.path):
         raise ValueError(f"{name} '{weights}' does not exist or is not a file")
     if url.path.endswith(".pkl") or "matching_heuristics" in url.query:

@@ -30,6 +30,8 @@ _PICTURES = (".jpg", ".jpeg", ".png")
 class Sink(Protocol):
     """Something that is written of results."""
 
+    path: Path | None  # where to
+
     def add(self, item: Item, result: Result) -> None:
         """Takes one image's."""
 
@@ -142,6 +144,8 @@ def _unique_names(files: Sequence[str]) -> dict[str, str]:
 
 
 class _Screen:
+    path = None
+
     def add(self, item: Item, result: Result) -> None:
         counts = Counter(result.class_names)
         what = ", ".join(f"{number} {name}" for name, number in counts.most_common()) or "nothing"
@@ -195,7 +199,7 @@ class _Folder:
     """Files named like the images."""
 
     def __init__(self, folder: Path, names: dict[str, str]):
-        self.folder, self.names = folder, names
+        self.path, self.names = folder, names
 
     def name(self, item: Item) -> str:
         return self.names.get(item.name, Path(item.name).name)
@@ -207,12 +211,12 @@ class _Folder:
 class _Txt(_Folder):
     def add(self, item: Item, result: Result) -> None:
         text = "".join(f"{line}\n" for line in result.to_yolo())
-        (self.folder / f"{self.name(item)}.txt").write_text(text)
+        (self.path / f"{self.name(item)}.txt").write_text(text)
 
 
 class _Pictures(_Folder):
     def add(self, item: Item, result: Result) -> None:
-        _save(result.plot(), self.folder / f"{self.name(item)}.jpg")
+        _save(result.plot(), self.path / f"{self.name(item)}.jpg")
 
 
 class _Crops(_Folder):
@@ -224,7 +228,7 @@ class _Crops(_Folder):
             if crop.size:
                 # A class may be called anything; a folder may not.
                 safe = "".join(c if c.isalnum() or c in " -_." else "_" for c in name).strip(".")
-                folder = self.folder / (safe or "_")
+                folder = self.path / (safe or "_")
                 folder.mkdir(exist_ok=True)
                 _save(crop, folder / f"{self.name(item)}_{i}.jpg")
 

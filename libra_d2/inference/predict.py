@@ -35,6 +35,8 @@ def predict(detector: Detector, images: Images, make_sinks: Callable[[], list[Si
         raise ValueError("no image could be read")
     for sink in sinks:
         sink.close()
+        if sink.path:
+            print(f"wrote {sink.path}", file=sys.stderr)
     skipped = f"; {speed.num_skipped} could not be read" if speed.num_skipped else ""
     rate = speed.num_images / speed.seconds
     print(f"{speed.num_images} images, {rate:.3g} a second{skipped}", file=sys.stderr)
