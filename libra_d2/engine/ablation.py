@@ -185,7 +185,8 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
                 run = future.result()
                 if run:
                     result = run.result()
-                    tqdm.write(f"{run.row}, seed {run.seed}: {result['seconds']:.0f} s")
+                    line = f"{run.row}, seed {run.seed}: {result['seconds']:.0f} s"
+                    tqdm.write(line, file=sys.stderr)
                 bar.update()
         except BaseException:
             stop.set()
