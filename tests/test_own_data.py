@@ -159,13 +159,14 @@ class TestBadData:
     def test_masks_that_cannot_be_read(self, data, tmp_path, capsys):
         content = json.loads((data / "coco" / "annotations.json").read_text())
         good = f"coco:{data}/coco/annotations.json"
+        own = content["annotations"]
         for mask, match in (
             ([1, 2, 3, 4, 5, 6], "segmentation.*expected array, got int"),
-            ([[1, 2, 3, 4]], "without a polygon of three corners"),
+            ([[1, 2, 3, 4]], "has no polygon of three corners"),
             ({"size": [9, 9], "counts": "abc"}, "INPUT.MASK_FORMAT bitmask reads it"),
             ([], "without segmentation"),
         ):
-            content["annotations"][0]["segmentation"] = mask
+            content["annotations"] = [{**a, "segmentation": mask} for a in own]
             (tmp_path / "bad.json").write_text(json.dumps(content))
             name = f"coco:{tmp_path}/bad.json:{data}/coco/images"
             config = "libra_mask_rcnn_R_50_FPN.yaml"

@@ -130,8 +130,12 @@ def need(annotations: list[Annotation], fields: tuple[str, ...]) -> None:
 
 
 def need_polygons(annotations: list[Annotation]) -> None:
-    """Raises ``ValueError`` if an annotation has no polygon, where masks are read as polygons."""
+    """Raises ``ValueError`` if masks are no polygons, where they are read as such.
+
+    Single ones of fewer than three corners detectron2 leaves out; COCO has some.
+    """
     need(annotations, ("segmentation",))
+    is_usable = False
     for annotation in annotations:
         mask = annotation.segmentation
         if isinstance(mask, Rle) and not is_crowd(annotation):
@@ -139,8 +143,10 @@ def need_polygons(annotations: list[Annotation]) -> None:
                 f"has annotation {annotation.id} with a run-length encoded mask; INPUT.MASK_FORMAT "
                 "bitmask reads it"
             )
-        if isinstance(mask, list) and not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
-            raise ValueError(f"has annotation {annotation.id} without a polygon of three corners")
+        if isinstance(mask, list):
+            is_usable |= any(len(p) >= 6 and len(p) % 2 == 0 for p in mask)
+    if not is_usable:
+        raise ValueError("has no polygon of three corners")
 
 
 def _plain(message: str) -> str:
