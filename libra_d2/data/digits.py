@@ -94,7 +94,7 @@ def make_digits(split: Split, folder: Path) -> None:
 def _draw(split: Split, images: Path, title: str) -> dict:
     maker = SceneMaker(split.training)
     coco = _Coco()
-    for image_id in tqdm(range(1, split.num_images + 1), desc=title, unit="image"):
+    for image_id in tqdm(range(1, split.num_images + 1), desc=title, unit="image", disable=None):
         # Each image has a seed of its own, so that it does not depend on those before it.
         scene = maker.make(np.random.default_rng((split.seed, image_id)))
         file_name = f"{image_id:06d}.jpg"
