@@ -86,7 +86,7 @@ def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
         if not for_training and any(isinstance(a.id, str) for a in coco.annotations or ()):
             raise ValueError("has annotation ids that are strings; pycocotools needs numbers")
         problems = find_box_problems(coco)
-        if not is_lvis:
+        if not is_lvis and metadata.get("image_root"):
             problems += find_image_problems(coco, Path(metadata.image_root))
         raise_fatal(problems)
     except ValueError as error:
