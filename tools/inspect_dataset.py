@@ -26,7 +26,7 @@ from libra_d2.checkpoint import write_whole
 from libra_d2.config import suggest
 from libra_d2.data.anchors import anchor_recall
 from libra_d2.data.digits import SPLITS
-from libra_d2.data.inspection import find_shared_images, inspect, mend
+from libra_d2.data.inspection import Inspection, find_shared_images, inspect, mend
 from libra_d2.data.report import MARK, make_report
 from libra_d2.data.sources import FORMS, Source, is_source, open_source
 from libra_d2.engine import load_config
@@ -86,6 +86,26 @@ def find_anchors(cfg: CfgNode) -> dict:
     }
 
 
+def tell(inspections: list[Inspection], recalls: list[list[str]], shared: list[str]) -> list[str]:
+    """Prints what was found; returns classes that the first data set lacks."""
+    for found, recall in zip(inspections, recalls, strict=True):
+        print(found.source.name)
+        for line in (*found.lines(), *recall):
+            print(f"  {line}")
+        for problem in found.problems:
+            print(f"  {'PROBLEM' if problem.is_fatal else 'note'}: {problem.what}")
+        for hint in found.hints:
+            print(f"  note: {hint}")
+    for sentence in shared:
+        print(f"PROBLEM: {sentence}")
+    first = inspections[0].source
+    unknown = [c for s in inspections[1:] for c in s.source.classes if c not in first.classes]
+    for name in unknown:
+        what = f"class '{name}' is not in {first.name}{suggest(name, first.classes)}"
+        print(f"PROBLEM: {what}")
+    return unknown
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -108,20 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         inspections = [inspect(source) for source in sources]
         recalls = [anchor_recall(source.coco, **anchors).lines() for source in sources]
         shared = find_shared_images(inspections)
-        for found, recall in zip(inspections, recalls, strict=True):
-            print(found.source.name)
-            for line in (*found.lines(), *recall):
-                print(f"  {line}")
-            for problem in found.problems:
-                print(f"  {'PROBLEM' if problem.is_fatal else 'note'}: {problem.what}")
-            for hint in found.hints:
-                print(f"  note: {hint}")
-        for sentence in shared:
-            print(f"PROBLEM: {sentence}")
-        unknown = [c for s in sources[1:] for c in s.classes if c not in sources[0].classes]
-        for name in unknown:
-            what = f"class '{name}' is not in {sources[0].name}{suggest(name, sources[0].classes)}"
-            print(f"PROBLEM: {what}")
+        unknown = tell(inspections, recalls, shared)
         if args.report:
             text = make_report(inspections, shared, recalls)
             write_whole(args.report, lambda file: Path(file).write_text(text, encoding="utf-8"))

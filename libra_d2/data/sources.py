@@ -64,9 +64,10 @@ def open_source(name: str) -> Source:
         if kind == "coco":
             file, root = _coco_parts(rest)
             try:
-                return Source(name, read_coco(str(file)), root, file, (file,))
+                coco = read_coco(str(file))
             except ValueError as error:
                 raise ValueError(f"{file} {error}") from None
+            return Source(name, coco, root or _guess_images(file, coco), file, (file,))
         place, _, split = rest.rpartition(":")
         if not place or not split:
             raise ValueError(f"must be {FORMS[kind]}")
@@ -79,8 +80,8 @@ def open_source(name: str) -> Source:
         raise ValueError(f"data set '{name}': {error}") from None
 
 
-def _coco_parts(rest: str) -> tuple[Path, Path]:
-    """The annotation file and the folder of images; either may have colons in its name."""
+def _coco_parts(rest: str) -> tuple[Path, Path | None]:
+    """The annotation file and, if it is named, the folder of images; both may have colons."""
     if not rest:
         raise ValueError(f"must be {FORMS['coco']}")
     colons = [i for i, letter in enumerate(rest) if letter == ":"]
@@ -95,18 +96,15 @@ def _coco_parts(rest: str) -> tuple[Path, Path]:
         if not Path(images).expanduser().is_dir():
             raise ValueError(f"{images} does not exist or is not a folder")
         return file, Path(images).expanduser()
-    return file, _guess_images(file)
+    return file, None
 
 
-def _guess_images(file: Path) -> Path:
+def _guess_images(file: Path, coco: Coco) -> Path:
     """The folder of images, where it is not said: in the places where people put it."""
     here, name = file.resolve().parent, file.stem.removeprefix("instances_")
     places = [here, here / "images", here.parent / "images", here / name, here.parent / name]
     places += [here / "images" / name, here.parent / "images" / name, here.parent]
-    try:
-        first = read_coco(str(file)).images[0].file_name or ""
-    except ValueError as error:
-        raise ValueError(f"{file} {error}") from None
+    first = coco.images[0].file_name or ""
     for place in places:
         if (place / first).is_file():
             return place

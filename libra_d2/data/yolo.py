@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import yaml
+from detectron2.structures.masks import polygon_area
 
 from libra_d2.config import suggest
 
@@ -140,7 +141,7 @@ def _check_no_stray_labels(images: list[Path]) -> None:
     folders = {label.parent for label in known}
     there = {file for folder in folders if folder.name != "images" for file in folder.glob("*.txt")}
     stray = sorted(f for f in there - known if f.name not in ("classes.txt", "labels.txt"))
-    if stray and any(label.parent.parent != label.parent for label in known):
+    if stray:
         raise ValueError(f"{stray[0]} has no image, nor have {len(stray) - 1} others")
 
 
@@ -182,13 +183,7 @@ def _read_label(line: str, where: str, image: Image, num_classes: int) -> Annota
         image_id=image.id,
         category_id=int(index) + 1,
         bbox=box,
-        area=_area(polygon) if polygon else box[2] * box[3],
+        area=float(polygon_area(xs, ys)) if polygon else box[2] * box[3],
         iscrowd=0,
         segmentation=[polygon] if polygon else None,
     )
-
-
-def _area(polygon: list[float]) -> float:
-    """The shoelace formula."""
-    xs, ys = polygon[::2], polygon[1::2]
-    return abs(sum(xs[i - 1] * ys[i] - xs[i] * ys[i - 1] for i in range(len(xs)))) / 2

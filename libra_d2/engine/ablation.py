@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 import yaml
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
 from libra_d2.data.sources import is_source, open_source
@@ -199,57 +199,72 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
     """Trains and scores one; returns it, or None if it was stopped."""
     if stop.is_set():
         return None
-    place = places.get()
-    environment = dict(os.environ)
-    if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = str(place % torch.cuda.device_count())
-    else:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    place, start = places.get(), time.time()
     run.folder.mkdir(parents=True, exist_ok=True)
-    start = time.time()
     try:
         with open(run.folder / "output.txt", "w") as log:
             process = subprocess.Popen(
                 [sys.executable, str(ROOT / "train_net.py"), *run.command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=_environment(place, jobs),
             )
-            pid = 0
-            while not pid:
-                if stop.wait(0.2):
-                    process.terminate()
-                    process.wait()
-                    return None
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            memory = _wait(process, stop)
     finally:
         places.put(place)
+    if memory is None:
+        return None
     if process.returncode:
         lines = (run.folder / "output.txt").read_text().strip().splitlines()
         raise ValueError(
             f"row '{run.row}', seed {run.seed} failed ({run.folder}/output.txt): "
             f"{lines[-1] if lines else 'without a word'}"
         )
-    records = [json.loads(x) for x in (run.folder / "metrics.json").read_text().splitlines()]
-    scored = [r for r in records if any("/AP" in key or "/AR" in key for key in r)]
-    if not scored:
-        raise ValueError(f"row '{run.row}', seed {run.seed} was not scored: TEST.EVAL_PERIOD?")
-    last = {key: value for key, value in scored[-1].items() if "/A" in key}
-    result = {
-        "row": run.row,
-        "seed": run.seed,
-        **last,
-        "iterations": records[-1]["iteration"],
-        "seconds": round(time.time() - start, 1),
-        "memory_mib": _gpu_memory(run) or usage.ru_maxrss // 1024,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "hashes": run.hashes,
-    }
+    result = _score(run)
+    result["seconds"] = round(time.time() - start, 1)
+    result["memory_mib"] = _gpu_memory(run) or memory
     partial_file = run.file.with_suffix(".partial")
     partial_file.write_text(json.dumps(result, indent=1))
     partial_file.replace(run.file)
     return run
+
+
+def _environment(place: int, jobs: int) -> dict[str, str]:
+    """The environment here, with a GPU or a share of the threads for one of several jobs."""
+    if torch.cuda.is_available():
+        own = {"CUDA_VISIBLE_DEVICES": str(place % torch.cuda.device_count())}
+    else:
+        own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    return {**os.environ, **own}
+
+
+def _wait(process: subprocess.Popen, stop: threading.Event) -> int | None:
+    """Waits for a process; returns its peak memory, MiB, or None if it had to be stopped."""
+    pid = 0
+    while not pid:
+        if stop.wait(0.2):
+            process.terminate()
+            process.wait()
+            return None
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss // 1024
+
+
+def _score(run: Run) -> dict:
+    """What a run's last evaluation says."""
+    records = [json.loads(x) for x in (run.folder / "metrics.json").read_text().splitlines()]
+    scored = [r for r in records if any("/AP" in key or "/AR" in key for key in r)]
+    if not scored:
+        raise ValueError(f"row '{run.row}', seed {run.seed} was not scored: TEST.EVAL_PERIOD?")
+    return {
+        "row": run.row,
+        "seed": run.seed,
+        **{key: value for key, value in scored[-1].items() if "/A" in key},
+        "iterations": records[-1]["iteration"],
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "hashes": run.hashes,
+    }
 
 
 def _gpu_memory(run: Run) -> int:
@@ -273,8 +288,6 @@ def _hash_data(name: str) -> str:
         content, root = msgspec.json.encode(source.coco), source.image_root
         files = [root / (image.file_name or "") for image in source.coco.images]
     else:
-        from detectron2.data import DatasetCatalog
-
         records = DatasetCatalog.get(name)  # draws an embedded one
         json_file = MetadataCatalog.get(name).get("json_file")
         content = Path(json_file).read_bytes() if json_file else repr(records).encode()

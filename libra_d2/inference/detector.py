@@ -38,8 +38,8 @@ class Detector:
         print(result.class_names, result.boxes)
 
     Args:
-        path: a run's folder; a file of weights whose config lies beside it, as config.yaml, or
-            under its own name as .yaml or in .json; or a config file that names weights.
+        path: a run's folder; a file of weights whose config lies beside it, as config.yaml or
+            under its own name as .yaml; or a config file that names weights.
         threshold: the lowest score of what is found, in [0, 1].
         classes: names of the classes to look for; empty for all.
         device: "cuda", "cpu", ...; None for a GPU where there is one.

@@ -33,9 +33,9 @@ from .samplers import (
     IouBalancedSampler,
     Matches,
     OhemSampler,
-    SamplingMatcher,
     ScoreHlrSampler,
 )
+from .sampling_matcher import SamplingMatcher
 
 __all__ = [
     "BOX_LOSSES",

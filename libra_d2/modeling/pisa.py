@@ -1,12 +1,14 @@
 """PISA's switches of output layers and RetinaNet, and the numbers of its reweighting."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from libra_d2.config import get_key
 from libra_d2.ranking import check_importance
 
 from .switches import from_keys
@@ -22,11 +24,18 @@ class _Importance:
         ValueError: if k or bias is out of its range.
     """
 
+    group: ClassVar[str]  # of its config keys
     k: float
     bias: float
 
     def __post_init__(self):
         check_importance(self.k, self.bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Self | None:
+        """What the keys of its group ask for; None if it is off."""
+        part = from_keys(cls, cfg, cls.group)
+        return part if get_key(cfg, cls.group).ENABLED else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +45,9 @@ class IsrPositive(_Importance):
     Its arguments are those of :func:`libra_d2.ranking.reweight_positives`.
     """
 
+    group: ClassVar[str] = "MODEL.PISA.ISR_POSITIVE"
     k: float = 2.0
     bias: float = 0.0
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "IsrPositive | None":
-        """What ``MODEL.PISA.ISR_POSITIVE`` asks for; None if it is off."""
-        part = from_keys(cls, cfg, "MODEL.PISA.ISR_POSITIVE")
-        return part if cfg.MODEL.PISA.ISR_POSITIVE.ENABLED else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +57,9 @@ class Carl(_Importance):
     Its arguments are those of :func:`libra_d2.losses.carl_loss`.
     """
 
+    group: ClassVar[str] = "MODEL.PISA.CARL"
     k: float = 1.0
     bias: float = 0.2
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> "Carl | None":
-        """What ``MODEL.PISA.CARL`` asks for; None if it is off."""
-        part = from_keys(cls, cfg, "MODEL.PISA.CARL")
-        return part if cfg.MODEL.PISA.CARL.ENABLED else None
 
 
 def log_reweighting(losses: Tensor, before: Tensor, after: Tensor) -> None:

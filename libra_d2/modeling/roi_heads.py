@@ -28,11 +28,10 @@ from .samplers import (
     POSITIVE_SAMPLERS,
     Predictions,
     Sampler,
-    SamplingMatcher,
     background_iou,
-    needs_predictions,
 )
 from .sampling_log import log_sampled
+from .sampling_matcher import SamplingMatcher, needs_predictions
 from .undisturbed import undisturbed
 
 __all__ = [

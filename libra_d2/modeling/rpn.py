@@ -26,9 +26,8 @@ from .samplers import (
     NEGATIVE_SAMPLERS,
     POSITIVE_SAMPLERS,
     Sampler,
-    SamplingMatcher,
-    needs_predictions,
 )
+from .sampling_matcher import SamplingMatcher, needs_predictions
 from .switches import check_bound, naming_keys, refuse_replaced
 
 __all__ = ["LibraRPN"]
