@@ -95,7 +95,9 @@ def results(**rows):
             "seconds": 1.5,
             "memory_mib": 100,
             "device": "cpu",
-            "hashes": {"code": "1e5", "config": "002", "data": "c"},
+            "code": "1e5",
+            "config": "002",
+            "data": "c",
         }
         for row, aps in rows.items()
         for seed, ap in enumerate(aps, start=1)
@@ -105,6 +107,8 @@ def results(**rows):
 def test_tables_are_made_from_the_csv(tmp_path):
     write_csv(results(base=[50.0, 48.0, 49.0], better=[52.0, 50.1, 50.9]), tmp_path / "a.csv")
     records = read_csv(tmp_path / "a.csv")
+    write_csv(records, tmp_path / "b.csv")
+    assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
     assert records[0]["code"] == "1e5" and records[0]["config"] == "002"  # hashes are no numbers
     base, better = compare(records, "bbox/AP", "base")
     assert base.difference is None and base.means["bbox/AP"] == 49.0
@@ -123,6 +127,7 @@ def test_shipped_plans_are_valid(plan, data, tmp_path):
     plan = read_plan(str(plan))
     plan.data = Data(train=data, test=data)
     runs = list_runs(plan, tmp_path)
+    assert not any(run.result() for run in runs)
     assert {run.row for run in runs} == set(plan.rows)
     configs = {run.hashes["config"] for run in runs}
     assert len(configs) == len(plan.rows)  # each row changes something, and a seed nothing
@@ -160,7 +165,7 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     first = run_tool("ablate.py", file, "--output", output)
     assert first.returncode == 0, first.stderr
     assert "over images" in first.stdout and "With one seed" in first.stdout
-    records = read_csv(output / "results.csv")
+    records = read_csv(output / "plan.csv")
     assert [r["row"] for r in records] == ["base", "ball"]
     assert all(r["seconds"] > 1 and r["memory_mib"] > 100 for r in records)
     stamps = {f: f.stat().st_mtime_ns for f in output.rglob("model_final.pth")}
@@ -169,10 +174,23 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     assert {f: f.stat().st_mtime_ns for f in output.rglob("model_final.pth")} == stamps
     other = run_tool("ablate.py", file, "--output", output, "--opts", "SOLVER.BASE_LR", "1e-6")
     assert other.returncode == 2 and "a result of other config" in other.stderr
-    (output / "ball" / "seed1" / "result.json").unlink()  # as if it had been interrupted
-    (output / "results.csv").unlink()
+    # A run of the same code, config, data and seed that a table has is not made again.
+    plan["rows"] = {"plain": {}, "bounded": plan["rows"]["ball"]}
+    other_file = tmp_path / "other.yaml"
+    other_file.write_text(yaml.safe_dump(plan, sort_keys=False))
+    second = run_tool("ablate.py", other_file, "--output", output, "--seeds", "1")
+    assert second.returncode == 0 and not (output / "runs" / "other").exists()
+    renamed = [{**r, "row": n} for r, n in zip(records, ("plain", "bounded"), strict=True)]
+    assert str(read_csv(output / "other.csv")) == str(renamed)  # NaN equals nothing
+    # Interrupted, it makes the one that is missing; results of other seeds stay.
+    lines = (output / "plan.csv").read_text().splitlines(keepends=True)
+    (output / "other.csv").unlink()
+    (output / "plan.csv").write_text("".join(lines[:2]) + lines[1].replace("base,1,", "base,2,"))
+    (output / "runs" / "plan" / "ball" / "seed1" / "result.json").unlink()
     third = run_tool("ablate.py", file, "--output", output)
     assert third.returncode == 0 and third.stdout == first.stdout
+    found = [(r["row"], r["seed"]) for r in read_csv(output / "plan.csv")]
+    assert found == [("base", 1), ("base", 2), ("ball", 1)]
 
 
 @pytest.mark.parametrize(

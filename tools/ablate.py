@@ -6,11 +6,14 @@ python tools/ablate.py tools/plans/libra_parts.yaml --train voc:mine:train --tes
   --seeds 1 2 3 --output output/libra_parts_mine
 
 It goes on where it was interrupted: finished runs are kept, one that was under way starts anew.
-OUTPUT gets results.csv (a line a run), results.md and results.png.
+OUTPUT gets PLAN.csv (a line a run), PLAN.md and PLAN.png. A run that a .csv there has, of this plan
+or another, is not made again.
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,7 +26,15 @@ import torch
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
 from libra_d2.checkpoint import write_whole
-from libra_d2.engine.ablation import Data, annotations_of, list_runs, read_plan, run_all
+from libra_d2.engine.ablation import (
+    Data,
+    Run,
+    check_unmixed,
+    find_detections,
+    list_runs,
+    read_plan,
+    run_all,
+)
 from libra_d2.engine.comparison import compare, make_table, plot, read_csv, write_csv
 from libra_d2.engine.run import one_sentence_errors
 
@@ -38,7 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", help="yaml; see tools/plans")
-    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="of the tables")
+    parser.add_argument(
+        "--runs", metavar="FOLDER", help="of the trainings; default: OUTPUT/runs/PLAN"
+    )
     parser.add_argument("--train", metavar="DATA", help="instead of the plan's")
     parser.add_argument("--test", metavar="DATA", help="instead of the plan's")
     parser.add_argument("--folds", nargs=2, metavar=("DATA", "N"), help="cross-validation")
@@ -49,6 +63,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     return parser
+
+
+def keep_results(
+    csv_file: Path, earlier: Sequence[dict], runs: Sequence[Run], rows: Sequence[str]
+) -> None:
+    """Writes the results of runs, and earlier ones of other rows and seeds, in the plan's order."""
+    results = {(result["row"], result["seed"]): result for result in earlier}
+    results |= {(run.row, run.seed): run.result() for run in runs if run.result()}
+    places = {row: i for i, row in enumerate(rows)}
+    ordered = sorted(results.items(), key=lambda item: (places.get(item[0][0], len(rows)), item[0]))
+    if ordered:
+        ordered = [result for _, result in ordered]
+        write_whole(str(csv_file), lambda file: write_csv(ordered, Path(file)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,27 +102,26 @@ def main(argv: list[str] | None = None) -> None:
             for row in plan.rows.values():
                 row.seeds = None
         plan.opts = [*plan.opts, *args.opts]
-        output = Path(args.output)
-        runs = list_runs(plan, output)
-        try:
-            run_all(runs, args.jobs)
-        finally:
-            finished = [run for run in runs if run.result()]
-            if finished:
-                csv_file = output / "results.csv"
-                write_whole(
-                    str(csv_file),
-                    lambda file: write_csv([run.result() for run in finished], Path(file)),
-                )
-        folders = {(r.row, r.seed): (r.folder, annotations_of(r)) for r in finished}
-        lines = compare(read_csv(csv_file), plan.metric, plan.baseline, folders)
+        output, name = Path(args.output), Path(args.plan).stem
+        folder = Path(args.runs) if args.runs else output / "runs" / name
+        known = {file: read_csv(file) for file in sorted(output.glob("*.csv"))}
+        runs = list_runs(plan, folder, [result for results in known.values() for result in results])
+        csv_file = output / f"{name}.csv"
+        earlier = known.get(csv_file, [])
+        check_unmixed(earlier, runs, csv_file)
+        keep_results(csv_file, earlier, runs, list(plan.rows))
+        with contextlib.closing(run_all(runs, args.jobs)) as finished:
+            for _ in finished:
+                keep_results(csv_file, earlier, runs, list(plan.rows))
+        results = [run.result() for run in runs]
+        lines = compare(results, plan.metric, plan.baseline, find_detections(runs))
         table = make_table(lines, plan.metric)
-        write_whole(str(output / "results.md"), lambda file: Path(file).write_text(table))
-        plot(lines, plan.metric, output / "results.png")
+        write_whole(str(output / f"{name}.md"), lambda file: Path(file).write_text(table))
+        plot(lines, plan.metric, output / f"{name}.png")
     print(table)
     if any(line.num_seeds == 1 for line in lines):
         print(ONE_SEED)
-    print(f"wrote {output}/results.csv, results.md and results.png")
+    print(f"wrote {output}/{name}.csv, {name}.md and {name}.png")
 
 
 if __name__ == "__main__":

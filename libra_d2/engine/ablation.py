@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from libra_d2.data.splits import make_folds
 from .config_file import load_config
 from .own_data import take_from_data
 
-__all__ = ["Plan", "Run", "annotations_of", "list_runs", "read_plan", "run_all"]
+__all__ = ["Plan", "Run", "check_unmixed", "find_detections", "list_runs", "read_plan", "run_all"]
 
 ROOT = Path(__file__).resolve().parents[2]
+# What makes a run the same as another.
+_IDENTITY = ("code", "config", "data", "seed")
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True):
@@ -103,26 +105,35 @@ class Run:
     folder: Path
     command: tuple[str, ...]
     test: str
-    hashes: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str]
+    known: dict | None = None
 
     @property
     def file(self) -> Path:
-        """Its result, once it is finished."""
+        """Its result, once it is finished here."""
         return self.folder / "result.json"
 
     def result(self) -> dict | None:
         """Its result; None if it is not finished."""
-        return json.loads(self.file.read_text()) if self.file.is_file() else None
+        return json.loads(self.file.read_text()) if self.file.is_file() else self.known
 
 
-def list_runs(plan: Plan, output: Path) -> list[Run]:
+def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]:
     """All runs of a plan, seed by seed, so that pairs are complete early.
 
+    Args:
+        plan: what to run.
+        folder: where runs are kept.
+        known: results of this plan or others; a run of the same code, config, data and seed as one
+            of them is finished, whatever its row is called.
+
     Raises:
-        ValueError: if a row's config or data are wrong.
+        ValueError: if a row's config or data are wrong; or if a result in the folder is of other
+            code, config or data.
     """
     seeds = sorted({seed for row in plan.rows.values() for seed in row.seeds or plan.seeds})
-    splits = _splits(plan.data, seeds, output)
+    splits = _splits(plan.data, seeds, folder)
+    same = {tuple(result[key] for key in _IDENTITY): result for result in known}
     code = hash_code()
     data = {names: _hash(*map(_hash_data, names)) for names in set(splits.values())}
     runs = []
@@ -133,7 +144,7 @@ def list_runs(plan: Plan, output: Path) -> list[Run]:
             train, test = splits[seed]
             config = str(ROOT / (row.config or plan.config))
             opts = [str(opt) for opt in (*plan.opts, *row.opts)]
-            folder = output / _safe(name) / f"seed{seed}"
+            place = folder / _safe(name) / f"seed{seed}"
             arguments = ["DATASETS.TRAIN", str((train,)), "DATASETS.TEST", str((test,)), *opts]
             try:
                 cfg = load_config(config, arguments, settle=take_from_data)
@@ -145,33 +156,66 @@ def list_runs(plan: Plan, output: Path) -> list[Run]:
             content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
             hashes = {"code": code, "config": _hash(content.dump()), "data": data[train, test]}
             command = ("--config-file", config, "--train", train, "--val", test)
-            command += ("--output", str(folder), "--overwrite", *opts, "SEED", str(seed))
-            runs.append(Run(name, seed, folder, command, test, hashes))
+            command += ("--output", str(place), "--overwrite", *opts, "SEED", str(seed))
+            result = same.get(tuple({**hashes, "seed": seed}[key] for key in _IDENTITY))
+            result = {**result, "row": name} if result else None
+            run = Run(name, seed, place, command, test, hashes, result)
+            if run.file.is_file():
+                check_unmixed([run.result()], [run], place)
+            runs.append(run)
     return runs
 
 
-def annotations_of(run: Run) -> Path:
-    """The file of ground truths, in COCO's format, that a run was scored on."""
-    return Path(MetadataCatalog.get(run.test).json_file)
+def check_unmixed(results: Sequence[dict], runs: Sequence[Run], where: Path) -> None:
+    """Checks that results can stand beside those of runs in one table.
+
+    Args:
+        results: of rows and seeds of the same plan.
+        runs: of that plan.
+        where: the results lie.
+
+    Raises:
+        ValueError: if one is of other code, of another config of its row, or of other data.
+    """
+    configs = {run.row: run.hashes["config"] for run in runs}
+    data = {run.seed: run.hashes["data"] for run in runs}
+    common = next(iter(data.values())) if len(set(data.values())) == 1 else None
+    for result in results:
+        row, seed = result["row"], result["seed"]
+        expected = {
+            "code": runs[0].hashes["code"],
+            "config": configs.get(row),
+            "data": data.get(seed, common),
+        }
+        other = [key for key, value in expected.items() if value not in (None, result[key])]
+        if other:
+            raise ValueError(
+                f"'{where}' holds a result of other {' and '.join(other)} (row '{row}', seed "
+                f"{seed}); results are never mixed: give another --output, or remove it"
+            )
 
 
-def run_all(runs: Sequence[Run], jobs: int) -> None:
-    """Trains and scores what is not finished, several at a time.
+def find_detections(runs: Sequence[Run]) -> dict[tuple[str, int], tuple[Path, Path]]:
+    """Of (row, seed): the files, in COCO's format, of its detections and what they are scored on.
+
+    Runs that were finished elsewhere have none here.
+    """
+    found = {}
+    for run in runs:
+        file = run.folder / "inference" / "coco_instances_results.json"
+        if file.is_file():
+            found[run.row, run.seed] = file, Path(MetadataCatalog.get(run.test).json_file)
+    return found
+
+
+def run_all(runs: Sequence[Run], jobs: int) -> Iterator[Run]:
+    """Trains and scores what is not finished, several at a time; yields each run as it ends.
 
     Each run has a GPU of its own, or its share of the CPU's threads.
 
     Raises:
-        ValueError: if a finished run is of other code, config or data; or if a run fails, which
-            ends the others.
+        ValueError: if a run fails, which ends the others.
     """
-    for run in runs:
-        result = run.result()
-        other = [k for k, v in run.hashes.items() if result and result["hashes"][k] != v]
-        if other:
-            raise ValueError(
-                f"'{run.folder}' holds a result of other {' and '.join(other)}; results are never "
-                "mixed: give another --output, or remove it"
-            )
     left = [run for run in runs if run.result() is None]
     places: queue.Queue[int] = queue.Queue()
     for place in range(jobs):
@@ -187,6 +231,7 @@ def run_all(runs: Sequence[Run], jobs: int) -> None:
                     result = run.result()
                     line = f"{run.row}, seed {run.seed}: {result['seconds']:.0f} s"
                     tqdm.write(line, file=sys.stderr)
+                    yield run
                 bar.update()
         except BaseException:
             stop.set()
@@ -220,7 +265,7 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
             f"row '{run.row}', seed {run.seed} failed ({run.folder}/output.txt): "
             f"{lines[-1] if lines else 'without a word'}"
         )
-    result = _score(run)
+    result = _score(run, jobs)
     result["seconds"] = round(time.time() - start, 1)
     result["memory_mib"] = _gpu_memory(run) or memory
     partial_file = run.file.with_suffix(".partial")
@@ -234,8 +279,19 @@ def _environment(place: int, jobs: int) -> dict[str, str]:
     if torch.cuda.is_available():
         own = {"CUDA_VISIBLE_DEVICES": str(place % torch.cuda.device_count())}
     else:
-        own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+        own = {"OMP_NUM_THREADS": str(_threads(jobs))}
     return {**os.environ, **own}
+
+
+def _threads(jobs: int) -> int:
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def _device(jobs: int) -> str:
+    """What a run was computed on; the number of threads changes the order of sums."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu, {_threads(jobs)} threads"
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event) -> int | None:
@@ -251,7 +307,7 @@ def _wait(process: subprocess.Popen, stop: threading.Event) -> int | None:
     return usage.ru_maxrss // 1024
 
 
-def _score(run: Run) -> dict:
+def _score(run: Run, jobs: int) -> dict:
     """What a run's last evaluation says."""
     records = [json.loads(x) for x in (run.folder / "metrics.json").read_text().splitlines()]
     scored = [r for r in records if any("/AP" in key or "/AR" in key for key in r)]
@@ -262,8 +318,8 @@ def _score(run: Run) -> dict:
         "seed": run.seed,
         **{key: value for key, value in scored[-1].items() if "/A" in key},
         "iterations": records[-1]["iteration"],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "hashes": run.hashes,
+        "device": _device(jobs),
+        **run.hashes,
     }
 
 

@@ -14,6 +14,7 @@ __all__ = ["Line", "compare", "make_table", "plot", "read_csv", "write_csv"]
 # The first columns of a csv, and its last; between them are the metrics.
 _FIRST = ("row", "seed")
 _LAST = ("iterations", "seconds", "memory_mib", "device", "code", "config", "data")
+_TEXTS = ("row", "device", "code", "config", "data")
 _SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@100", "AR@300", "AR@1000")
 
 
@@ -38,27 +39,30 @@ class Line:
 
 def write_csv(results: Sequence[dict], path: Path) -> None:
     """Writes a line a run: row, seed, every metric, cost and hashes."""
-    flat = [{**{k: v for k, v in r.items() if k != "hashes"}, **r["hashes"]} for r in results]
-    metrics = sorted({key for r in flat for key in r} - {*_FIRST, *_LAST})
+    metrics = sorted({key for r in results for key in r} - {*_FIRST, *_LAST})
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*_FIRST, *metrics, *_LAST], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(flat)
+        writer.writerows(results)
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Reads what :func:`write_csv` has written; numbers as floats, seeds as integers."""
+    """Reads what :func:`write_csv` has written."""
     with open(path, newline="", encoding="utf-8") as file:
-        records = []
-        for record in csv.DictReader(file):
-            text = {k: v for k, v in record.items() if k in ("row", "device", "code", "config")}
-            numbers = {k: float(v) for k, v in record.items() if k not in (*text, "data") and v}
-            records.append({**numbers, **text, "data": record["data"], "seed": int(record["seed"])})
-    return records
+        return [
+            {key: _value(key, text) for key, text in record.items() if text}
+            for record in csv.DictReader(file)
+        ]
+
+
+def _value(column: str, text: str) -> str | int | float:
+    if column in _TEXTS:
+        return text
+    return int(text) if text.isdigit() else float(text)
 
 
 def compare(
-    results: Sequence[dict], metric: str, baseline: str, folders: dict | None = None
+    results: Sequence[dict], metric: str, baseline: str, detections: dict | None = None
 ) -> list[Line]:
     """What results show, a line a row in their order.
 
@@ -66,8 +70,8 @@ def compare(
         results: of runs, as :func:`read_csv` gives them.
         metric: what is compared, such as "bbox/AP".
         baseline: the row to compare with.
-        folders: of each (row, seed), where its predictions lie and the annotations they were scored
-            on; where a row has one seed, the interval is then one over images.
+        detections: of (row, seed), the files of its detections and of the annotations they were
+            scored on; where a row has one seed, the interval is then one over images.
     """
     rows = dict.fromkeys(r["row"] for r in results)
     kind = metric.partition("/")[0]
@@ -83,17 +87,20 @@ def compare(
         if row != baseline and shared:
             pairs = [[side[s][metric] for s in shared] for side in (own, by_row[baseline])]
             difference = paired_difference(*pairs)
-            if len(shared) == 1 and folders and metric in ("bbox/AP", "segm/AP"):
-                difference = _over_images(folders, (row, shared[0]), (baseline, shared[0]), kind)
+            one, other = ((name, shared[0]) for name in (row, baseline))
+            has_detections = metric in ("bbox/AP", "segm/AP") and {one, other} <= {
+                *(detections or ())
+            }
+            if len(shared) == 1 and has_detections:
+                difference = _over_images(detections, one, other, kind)
         means = {name: float(v.mean()) for name, v in values.items()}
         lines.append(Line(row, len(own), means, deviation, difference))
     return lines
 
 
-def _over_images(folders: dict, one: tuple, other: tuple, iou_type: str) -> Difference:
-    folder, annotations = folders[one]
-    files = [f / "inference" / "coco_instances_results.json" for f in (folder, folders[other][0])]
-    return bootstrap_images(annotations, *files, iou_type=iou_type)
+def _over_images(detections: dict, one: tuple, other: tuple, iou_type: str) -> Difference:
+    (own, annotations), (baseline, _) = detections[one], detections[other]
+    return bootstrap_images(annotations, own, baseline, iou_type=iou_type)
 
 
 def make_table(lines: Sequence[Line], metric: str) -> str:
