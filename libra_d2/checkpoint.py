@@ -218,11 +218,20 @@ def check_output(path: str, overwrite: bool) -> None:
 
 
 def write_whole(path: str, write: Callable[[str], None]) -> None:
-    """Lets ``write`` write beside ``path`` and moves the outcome there, for all to read."""
+    """Lets ``write`` write beside ``path`` and moves the outcome there, for all to read.
+
+    Whatever ends the program or the machine, under ``path`` is what was there or the whole new
+    file.
+
+    Raises:
+        ValueError: if it can't be written.
+    """
     beside = f"{path}.partial"
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.chmod(beside, 0o644)  # safetensors' are for the owner alone
         os.replace(beside, path)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Every config key this project adds, with its default and its paper; and how keys are read."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
@@ -11,6 +11,7 @@ __all__ = [
     "add_libra_config",
     "choose",
     "get_key",
+    "list_keys",
     "set_key",
     "settle",
     "suggest",
@@ -173,6 +174,15 @@ def _add_training(cfg: CfgNode) -> None:
     cfg.TEST.EVAL_EPOCHS = 0.0
     # Names of the model's classes, in its order; empty for those of the training data.
     cfg.DATASETS.CLASS_NAMES = []
+    # "refuse" boxes of negative size, which tell of a mistake, or "drop" them. Those without extent
+    # or outside of their image are left out either way; a data set of another format is refused.
+    cfg.DATASETS.ON_BAD_BOXES = "refuse"
+    # Whether annotations may name images that are not below the data set's folder.
+    cfg.DATASETS.ALLOW_OUTSIDE = False
+    # How many images that can't be read a training leaves out before it stops.
+    cfg.DATALOADER.MAX_BAD_IMAGES = 0
+    # How many steps whose losses or gradients are not finite it leaves out before it stops.
+    cfg.SOLVER.MAX_SKIPPED = 0
 
 
 def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> T | str:
@@ -207,6 +217,14 @@ def get_key(cfg: CfgNode, key: str) -> Any:
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
+
+
+def list_keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All dotted keys and their values, those of groups of keys among them."""
+    for key, value in cfg.items():
+        yield prefix + key, value
+        if isinstance(value, CfgNode):
+            yield from list_keys(value, f"{prefix}{key}.")
 
 
 def set_key(cfg: CfgNode, key: str, value: Any) -> None:

@@ -270,10 +270,10 @@ class TestBadData:
 
     def test_what_a_new_run_reads_is_not_overwritten(self, data, trained, tmp_path, capsys):
         run = shutil.copytree(trained, tmp_path / "run")
-        val = run / "inference" / "val.json"
+        val = run / "inference" / "val_results.json"
         shutil.copy(data / "coco" / "annotations.json", val)
         names = (sources(data, "coco")[0], f"coco:{val}:{data}/coco/images")
-        match = "--overwrite would remove '.*val.json', which this run reads"
+        match = "--overwrite would remove '.*val_results.json', which this run reads"
         fails(capsys, command(*names, run, flags=["--overwrite"]), match)
         assert val.exists()
 

@@ -212,7 +212,7 @@ def test_safetensors_are_evaluated_like_checkpoints(tmp_path):
     results.unlink()
     argv = command(BASELINE, tmp_path, "MODEL.WEIGHTS", tmp_path / "model.safetensors")
     main([*argv[:2], "--eval-only", *argv[2:]])
-    found = tmp_path / "inference" / "inference" / "coco_instances_results.json"
+    found = tmp_path / "evaluation" / "coco_instances_results.json"
     assert (found if found.exists() else results).read_bytes() == expected
 
 
@@ -248,7 +248,7 @@ class TestOutputFolder:
         mine.write_text("_BASE_: config.yaml\n")
         fails(capsys, ["--config-file", str(mine), "--overwrite"], "would remove '.*config.yaml'")
         mine.unlink()
-        proposals = tmp_path / "inference" / "proposals.pkl"
+        proposals = tmp_path / "inference" / "box_proposals.pkl"
         shutil.copy(
             Path(MetadataCatalog.get("tiny").json_file).with_name("proposals.pkl"), proposals
         )
@@ -268,17 +268,13 @@ class TestOutputFolder:
         (tmp_path / "file").write_text("")
         fails(capsys, command(BASELINE, tmp_path / name), "OUTPUT_DIR must be a folder")
 
-    def test_a_run_without_its_last_checkpoint_is_not_resumed(self, tmp_path, capsys):
-        (tmp_path / "metrics.json").write_text("")
-        argv = command(BASELINE, tmp_path, flags=["--resume"])
-        fails(capsys, argv, "no last_checkpoint to resume from")
-
     def test_a_broken_last_checkpoint_leaves_the_run_as_it_is(self, tmp_path, capsys):
-        (tmp_path / "last_checkpoint").write_text("model_0.pth")
-        (tmp_path / "model_0.pth").write_text("broken")
+        (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+        (tmp_path / "model_0000001.pth").write_text("broken")
         argv = command(BASELINE, tmp_path, flags=["--resume"])
-        fails(capsys, argv, "the last checkpoint '.*model_0.pth' is not a checkpoint")
-        assert sorted(f.name for f in tmp_path.iterdir()) == ["last_checkpoint", "model_0.pth"]
+        fails(capsys, argv, "whose checkpoints are all damaged")
+        names = sorted(f.name for f in tmp_path.iterdir())
+        assert names == ["last_checkpoint", "model_0000001.pth"]
 
 
 ANNOTATION = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}

@@ -9,9 +9,9 @@ from detectron2.utils.file_io import PathManager
 
 from libra_d2.config import suggest
 
-from .coco_json import is_crowd, need, need_polygons, read_coco
+from .coco_json import Coco, is_crowd, is_usual_id, need, need_masks, need_polygons, read_coco
 from .digits import SPLITS
-from .problems import find_box_problems, find_image_problems, raise_fatal
+from .problems import find_box_problems, find_image_problems, find_mask_problems, raise_fatal
 from .sources import FORMS, is_source
 
 __all__ = ["check_dataset"]
@@ -24,6 +24,8 @@ def check_dataset(
     num_classes: int | None,
     num_classes_key: str,
     fields: tuple = (),
+    allow_outside: bool = False,
+    drop_bad_boxes: bool = False,
 ) -> None:
     """Checks that a data set is registered, there, and fits the model; draws an embedded one.
 
@@ -34,6 +36,8 @@ def check_dataset(
         num_classes_key: the config key of this number.
         fields: further fields that annotations for training must have, "segmentation",
             "polygons" (of masks) or "keypoints".
+        allow_outside: whether images may lie outside of the data set's folder.
+        drop_bad_boxes: whether boxes of negative size, which training leaves out, are no error.
 
     Raises:
         ValueError: naming what is wrong and what would be right.
@@ -55,7 +59,8 @@ def check_dataset(
                 )
         classes = metadata.get("thing_classes")
         if metadata.get("json_file"):
-            classes = _check_coco(metadata, fields, for_training)
+            options = {"allow_outside": allow_outside, "drop": drop_bad_boxes and for_training}
+            classes = _check_coco(metadata, fields, for_training, **options)
     except OSError as error:
         raise ValueError(f"data set '{name}' cannot be read: {error}") from error
     except ValueError as error:
@@ -67,7 +72,9 @@ def check_dataset(
         )
 
 
-def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
+def _check_coco(
+    metadata, fields: tuple, for_training: bool, *, allow_outside: bool, drop: bool
+) -> list:
     """Checks what detectron2 and pycocotools will read of an annotation file; its categories."""
     is_lvis = metadata.get("evaluator_type") == "lvis"
     # pycocotools wants area and iscrowd of what it evaluates on.
@@ -83,11 +90,13 @@ def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
         if "polygons" in fields and for_training:
             need_polygons(annotations)
         need(annotations, tuple("segmentation" if f == "polygons" else f for f in needed))
-        if not for_training and any(isinstance(a.id, str) for a in coco.annotations or ()):
-            raise ValueError("has annotation ids that are strings; pycocotools needs numbers")
-        problems = find_box_problems(coco)
+        if not for_training:
+            _check_ids(coco)
+            if {"polygons", "segmentation"} & {*fields}:
+                need_masks(annotations)
+        problems = find_box_problems(coco, drop) + find_mask_problems(coco)
         if not is_lvis and metadata.get("image_root"):
-            problems += find_image_problems(coco, Path(metadata.image_root))
+            problems += find_image_problems(coco, Path(metadata.image_root), allow_outside)
         raise_fatal(problems)
     except ValueError as error:
         # What is behind a data set named in place is nothing that a user knows.
@@ -96,3 +105,14 @@ def _check_coco(metadata, fields: tuple, for_training: bool) -> list:
     for problem in problems:
         logging.getLogger(__name__).warning("data set '%s' %s", metadata.name, problem.what)
     return coco.categories
+
+
+def _check_ids(coco: Coco) -> None:
+    """Refuses ids of annotations that pycocotools can't read, or takes for "no object"."""
+    for annotation in coco.annotations or ():
+        if not is_usual_id(annotation):
+            raise ValueError(
+                f"has an annotation of id {annotation.id!r}, which pycocotools cannot read or "
+                "scores as missed; count them from 1, or name the data set in place, as coco:..., "
+                "where they are counted anew"
+            )

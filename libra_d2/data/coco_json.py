@@ -12,7 +12,9 @@ __all__ = [
     "Coco",
     "Image",
     "is_crowd",
+    "is_usual_id",
     "need",
+    "need_masks",
     "need_polygons",
     "read_coco",
 ]
@@ -121,12 +123,26 @@ def is_crowd(annotation: Annotation) -> bool:
     return annotation.iscrowd is not msgspec.UNSET and bool(annotation.iscrowd)
 
 
+def is_usual_id(annotation: Annotation) -> bool:
+    """Whether its id is a positive whole number."""
+    return not isinstance(annotation.id, str) and annotation.id > 0 and annotation.id % 1 == 0
+
+
 def need(annotations: list[Annotation], fields: tuple[str, ...]) -> None:
     """Raises ``ValueError`` if an annotation lacks a field, or has it empty."""
     for annotation in annotations:
         for field in fields:
             if getattr(annotation, field) in (None, [], msgspec.UNSET):
                 raise ValueError(f"has annotation {annotation.id} without {field}")
+
+
+def need_masks(annotations: list[Annotation]) -> None:
+    """Raises ``ValueError`` if pycocotools could not score a mask."""
+    need(annotations, ("segmentation",))
+    for annotation in annotations:
+        mask = annotation.segmentation
+        if isinstance(mask, list) and (len(mask[0]) <= 4 or any(len(p) % 2 for p in mask)):
+            raise ValueError(f"has annotation {annotation.id} with a polygon of too few corners")
 
 
 def need_polygons(annotations: list[Annotation]) -> None:

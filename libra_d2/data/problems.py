@@ -1,16 +1,20 @@
 """What is wrong with the boxes and images of a data set, found before a run."""
 
+import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .coco_json import Annotation, Coco, Image
-from .images import examine
+from .coco_json import Annotation, Coco, Image, Rle
+from .images import examine, open_image
 
-__all__ = ["Problem", "find_box_problems", "find_image_problems", "is_useful"]
+__all__ = ["Problem", "find_box_problems", "find_image_problems", "find_mask_problems", "is_useful"]
 
 _SLACK = 2.0  # pixels a box may be beyond its image by rounding
 _MANY = 0.2  # share of boxes that tells a format from a slip
+_MOST_BOXES = 10_000  # of one image: each is compared with some 100,000 anchors
+_NUM_DECODED = 8  # images that are read whole, of a data set
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,21 @@ def is_useful(box: Sequence[float], width: int, height: int) -> bool:
     return w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
 
 
-def find_box_problems(coco: Coco) -> list[Problem]:
-    """What is wrong with the boxes: another format, negative, without extent, outside."""
+def find_box_problems(coco: Coco, drop: bool = False) -> list[Problem]:
+    """What is wrong with the boxes: another format, negative, without extent, outside.
+
+    Args:
+        coco: annotations.
+        drop: whether single boxes that make no sense will be left out, and so are not fatal.
+    """
     images = {image.id: image for image in coco.images}
     pairs = [(a, images[a.image_id]) for a in coco.annotations or ()]
     if not pairs:
         return []
+    crowded, number = Counter(a.image_id for a, _ in pairs).most_common(1)[0]
+    if number > _MOST_BOXES:
+        name = _name(images[crowded])
+        return [Problem(f"has {number} boxes in image '{name}'; {_MOST_BOXES} can be", True)]
     # A whole data set in another format is one problem, not one a box.
     if all(max(a.bbox) <= 1.0 for a, _ in pairs):
         return [Problem("has boxes in [0, 1]; COCO's are in pixels", is_fatal=True)]
@@ -57,7 +70,7 @@ def find_box_problems(coco: Coco) -> list[Problem]:
         what = f"has boxes that look like x1, y1, x2, y2 ({len(beyond)} of {len(pairs)} leave their"
         return [Problem(f"{what} image); COCO's are x, y, width, height", is_fatal=True)]
     kinds: tuple[tuple[str, bool, Callable[[Annotation, Image], bool]], ...] = (
-        ("boxes of negative size", True, lambda a, _: min(a.bbox[2:]) < 0),
+        ("boxes of negative size", not drop, lambda a, _: min(a.bbox[2:]) < 0),
         ("boxes without extent", False, lambda a, _: min(a.bbox[2:]) == 0),
         (
             "boxes outside of their image",
@@ -84,9 +97,26 @@ def find_box_problems(coco: Coco) -> list[Problem]:
     return found
 
 
-def find_image_problems(coco: Coco, root: Path) -> list[Problem]:
-    """What is wrong with the image files: missing, unreadable, of another size."""
+def find_image_problems(coco: Coco, root: Path, allow_outside: bool = True) -> list[Problem]:
+    """What is wrong with the image files: missing, unreadable, of another size, not in the folder.
+
+    Of a few the pixels are read too.
+    """
+    for image in coco.images if not allow_outside else ():
+        place = os.path.relpath(os.path.join(root, _name(image)), root)
+        if place.startswith(os.pardir):
+            return [
+                Problem(
+                    f"names image '{_name(image)}', which is not in '{root}'; "
+                    "DATASETS.ALLOW_OUTSIDE True reads such files",
+                    is_fatal=True,
+                )
+            ]
     results = examine([root / _name(image) for image in coco.images])
+    step = max(1, len(results) // _NUM_DECODED)
+    for i in range(0, len(results), step):
+        if not isinstance(results[i], str):
+            results[i] = _decode(root / _name(coco.images[i])) or results[i]
     bad: dict[str, list[tuple[Image, str]]] = {"cannot be used": [], "have another size": []}
     for image, result in zip(coco.images, results, strict=True):
         if isinstance(result, str):
@@ -104,6 +134,60 @@ def find_image_problems(coco: Coco, root: Path) -> list[Problem]:
         for kind, images in bad.items()
         if images
     ]
+
+
+def _decode(path: Path) -> str:
+    """What keeps an image's pixels from being read; empty if nothing does."""
+    try:
+        open_image(path)
+    except Exception as error:
+        return f"cannot be read: {error}"
+    return ""
+
+
+def find_mask_problems(coco: Coco) -> list[Problem]:
+    """Run-length encoded masks that are not of their image's size, which could take any memory."""
+    images = {image.id: image for image in coco.images}
+    for annotation in coco.annotations or ():
+        image, mask = images[annotation.image_id], annotation.segmentation
+        if not isinstance(mask, Rle):
+            continue
+        size = (int(image.height), int(image.width))
+        length = _rle_length(mask.counts)
+        if tuple(mask.size) != size or length != size[0] * size[1]:
+            what = (
+                f"has annotation {annotation.id} with a run-length encoded mask of {mask.size} and "
+                f"{length} pixels, in image '{_name(image)}' of {size}"
+            )
+            return [Problem(what, is_fatal=True, annotation_ids=(annotation.id,))]
+    return []
+
+
+def _rle_length(counts: str | list[int]) -> int:
+    """How many pixels the runs of a mask cover; -1 if they are none.
+
+    Text is COCO's: six bits a character from "0" on, of which the sixth says that more follow and
+    the fifth of the last is the sign; from the third run on they are differences to two before.
+    """
+    if isinstance(counts, list):
+        return sum(counts) if all(run >= 0 for run in counts) else -1
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            return -1
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            run = value + (runs[-2] if len(runs) > 2 else 0)
+            if run < 0:
+                return -1
+            runs.append(run)
+            value = shift = 0
+    return -1 if shift else sum(runs)
 
 
 def raise_fatal(problems: Iterable[Problem]) -> None:

@@ -1,7 +1,5 @@
 """Checks of precomputed proposals (``MODEL.LOAD_PROPOSALS``) before a run."""
 
-from urllib.parse import urlparse
-
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -22,7 +20,7 @@ _OLD_NAMES = {"indexes": "ids", "scores": "objectness_logits"}
 def check_proposals(cfg: CfgNode, split: str) -> None:
     """Checks that files of proposals are there and have those of every image of their data sets.
 
-    Addresses are left to detectron2. A file is unpickled whatever its size: detectron2 will do so
+    What is at an address is fetched. A file is unpickled whatever its size: detectron2 will do so
     without looking at what it would run.
 
     Args:
@@ -48,12 +46,14 @@ def check_proposals(cfg: CfgNode, split: str) -> None:
             f"DATASETS.{split}, got {files}"
         )
     for dataset, file in zip(datasets, files, strict=True):
-        if urlparse(file).scheme:
-            continue
-        if not PathManager.isfile(file):
+        try:
+            local = PathManager.get_local_path(file)
+        except Exception as error:
+            raise ValueError(f"{key} '{file}' cannot be fetched: {error}") from error
+        if not PathManager.isfile(local):
             raise ValueError(f"{key} '{file}' does not exist or is not a file")
         try:
-            _check_file(file, dataset)
+            _check_file(local, dataset)
         except ValueError as error:
             raise ValueError(f"{key} '{file}' {error}") from None
 

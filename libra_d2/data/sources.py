@@ -19,7 +19,7 @@ from detectron2.data.datasets import load_coco_json
 
 from libra_d2.config import suggest
 
-from .coco_json import Coco, read_coco
+from .coco_json import Coco, is_usual_id, read_coco
 from .problems import is_useful
 from .voc import read_voc
 from .yolo import read_yolo
@@ -114,24 +114,28 @@ def _guess_images(file: Path, coco: Coco) -> Path:
     )
 
 
-def register_source(source: Source, classes: Sequence[str] = ()) -> None:
+def register_source(
+    source: Source, classes: Sequence[str] = (), drop_bad_boxes: bool = False
+) -> None:
     """Registers a data set with detectron2 under its name, in place of what has this name.
 
     Args:
         source: the data set.
         classes: those of the model, in its order, of which the data set may lack some; empty for
             its own.
+        drop_bad_boxes: whether boxes that make no sense are left out, not left to the checks.
 
     Raises:
         ValueError: if the data set has a class that is not among them.
     """
     classes = list(classes) or source.classes
     check_classes(source.name, source.classes, classes)
-    if source.json_file and source.classes == classes:
+    is_as_wanted = source.classes == classes and not drop_bad_boxes
+    if source.json_file and is_as_wanted and not _has_odd_ids(source):
         file = source.json_file
     else:
         file = Path(_scratch().name) / f"{len(list(Path(_scratch().name).iterdir()))}.json"
-        file.write_bytes(_with_classes(source, classes))
+        file.write_bytes(_with_classes(source, classes, drop_bad_boxes))
     for catalog in (DatasetCatalog, MetadataCatalog):
         if source.name in catalog.list():
             catalog.remove(source.name)
@@ -154,8 +158,13 @@ def check_classes(name: str, own: Sequence[str], classes: Sequence[str]) -> None
             )
 
 
-def _with_classes(source: Source, classes: list[str]) -> bytes:
-    """The annotations as json, the classes counted from 1 as the model has them."""
+def _has_odd_ids(source: Source) -> bool:
+    """Whether annotations have ids that pycocotools can't read, or takes for "no object"."""
+    return not all(map(is_usual_id, source.coco.annotations or ()))
+
+
+def _with_classes(source: Source, classes: list[str], drop_bad_boxes: bool) -> bytes:
+    """The annotations as json; classes and annotations counted from 1, as the model has those."""
     ids = {name: i for i, name in enumerate(classes, start=1)}
     new = {category.id: ids[category.name] for category in source.coco.categories}
     # Whatever else a file has is kept.
@@ -163,13 +172,14 @@ def _with_classes(source: Source, classes: list[str]) -> bytes:
     content = json.loads(coco)  # with NaN, as Python writes it
     content["categories"] = [{"id": i, "name": name} for name, i in ids.items()]
     annotations = content.get("annotations", [])
-    if not source.json_file:
+    if not source.json_file or drop_bad_boxes:
         sizes = {image.id: (image.width, image.height) for image in source.coco.images}
         # Of a negative size they are wrong, which is for the checks to say.
         useful = [
             a
             for a in annotations
-            if min(a["bbox"][2:]) < 0 or is_useful(a["bbox"], *sizes[a["image_id"]])
+            if (min(a["bbox"][2:]) < 0 and not drop_bad_boxes)
+            or is_useful(a["bbox"], *sizes[a["image_id"]])
         ]
         if len(useful) < len(annotations):
             logging.getLogger(__name__).warning(
@@ -179,7 +189,8 @@ def _with_classes(source: Source, classes: list[str]) -> bytes:
                 len(annotations),
             )
         annotations = content["annotations"] = useful
-    for annotation in annotations:
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
         annotation["category_id"] = new[annotation["category_id"]]
     return json.dumps(content).encode()
 

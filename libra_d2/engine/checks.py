@@ -20,8 +20,9 @@ from libra_d2.data.proposals import check_proposals
 from .arithmetic import config_files
 from .evaluators import choose_evaluator
 from .output_dir import check_output_dir
+from .plain_errors import plain_errors
 from .trainer import LibraTrainer
-from .weights import check_classes_of, check_weights
+from .weights import check_classes_of, check_weights, find_checkpoint
 
 __all__ = ["check_run"]
 
@@ -75,17 +76,11 @@ def check_run(
     _check_datasets(cfg, eval_only)
     for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         check_proposals(cfg, split)
-    try:
+    with plain_errors(cfg):
         model = build_model(_on_cpu(cfg))
-    except ValueError:
-        raise
-    except Exception as error:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"no model can be built from this config: {what}") from error
-    last = output / "last_checkpoint"
-    if resume and last.exists():
-        checkpoint = str(output / last.read_text().strip())
-        check_weights(checkpoint, model, "the last checkpoint")
+    checkpoint = find_checkpoint(output) if resume else ""
+    if checkpoint:
+        check_weights(checkpoint, model, "the last checkpoint", all_of_them=True)
         check_classes_of(checkpoint, cfg.DATASETS.CLASS_NAMES, "the last checkpoint")
     else:
         if eval_only and not cfg.MODEL.WEIGHTS:
@@ -110,6 +105,10 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
         "num_classes": None if is_agnostic else cfg.MODEL[key].NUM_CLASSES,
         "num_classes_key": f"MODEL.{key}.NUM_CLASSES",
     }
+    options = {
+        "allow_outside": cfg.DATASETS.ALLOW_OUTSIDE,
+        "drop_bad_boxes": cfg.DATASETS.ON_BAD_BOXES == "drop",
+    }
     fields = ()
     if cfg.MODEL.MASK_ON:
         fields += ("polygons" if cfg.INPUT.MASK_FORMAT == "polygon" else "segmentation",)
@@ -117,7 +116,7 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
     if not eval_only and not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name a data set with --train")
     for name in () if eval_only else cfg.DATASETS.TRAIN:
-        check_dataset(name, for_training=True, fields=fields, **classes)
+        check_dataset(name, for_training=True, fields=fields, **classes, **options)
     for name in cfg.DATASETS.TEST:
-        check_dataset(name, for_training=False, fields=fields, **classes)
+        check_dataset(name, for_training=False, fields=fields, **classes, **options)
         choose_evaluator(name)

@@ -10,7 +10,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
-from libra_d2.config import NUM_CLASSES, add_libra_config, get_key, set_key, suggest
+from libra_d2.config import NUM_CLASSES, add_libra_config, get_key, list_keys, set_key, suggest
 
 from .arithmetic import ZooConfig
 from .config_checks import check_config
@@ -58,7 +58,7 @@ def load_config(
         raise ValueError(f"overrides must be pairs KEY VALUE, got {' '.join(opts)}")
     with _one_sentence(cfg, "override"):
         cfg.merge_from_list(opts)
-    for key, default in _values(defaults):
+    for key, default in list_keys(defaults):
         value = get_key(cfg, key)
         if default is not None and value is None and key not in NUM_CLASSES:
             raise ValueError(f"{key} must be {_article(default)}, got None")
@@ -102,20 +102,12 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
             message = f"{key} must be {_article(get_key(cfg, key))}, got {value}"
         elif missing:
             key = missing[1]
-            message = f"there is no key {key}{suggest(key, (name for name, _ in _values(cfg)))}"
+            message = f"there is no key {key}{suggest(key, (name for name, _ in list_keys(cfg)))}"
         elif isinstance(error, FileNotFoundError):
             message = f"its _BASE_ '{error.filename}' does not exist"
         elif isinstance(error, (AttributeError, TypeError)):
             message = "it is not a mapping of config keys to values"
         raise ValueError(f"{source}: {' '.join(message.split())}") from error
-
-
-def _values(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All dotted keys and their values, those of groups of keys among them."""
-    for key, value in cfg.items():
-        yield prefix + key, value
-        if isinstance(value, CfgNode):
-            yield from _values(value, f"{prefix}{key}.")
 
 
 def _article(value: Any) -> str:

@@ -58,7 +58,7 @@ def take_from_data(cfg: CfgNode, *, eval_only: bool = False, opts: Sequence[str]
         own = _classes(name, sources)
         check_classes(name, own, names)
         if name in sources:
-            register_source(sources[name], names)
+            register_source(sources[name], names, cfg.DATASETS.ON_BAD_BOXES == "drop")
         elif own and own != names:
             raise ValueError(
                 f"data set '{name}' counts its classes another way than those trained on: "
@@ -81,7 +81,8 @@ def register_data(cfg: CfgNode, eval_only: bool = False) -> None:
     """Registers the data sets named in place, in a process that has not yet."""
     for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         if is_source(name) and name not in DatasetCatalog.list():
-            register_source(open_source(name), cfg.DATASETS.CLASS_NAMES)
+            drop = cfg.DATASETS.ON_BAD_BOXES == "drop"
+            register_source(open_source(name), cfg.DATASETS.CLASS_NAMES, drop)
 
 
 def _classes(name: str, sources: dict[str, Source]) -> list[str]:

@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import logging
+import os
+import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,8 +25,11 @@ from libra_d2.quiet import silence_known_warnings
 from .checks import check_run
 from .config_file import load_config
 from .launch import check_processes, count_processes, is_main_process, launch
-from .output_dir import remove_run
+from .output_dir import drop_metrics_from, hold_output_dir, holds_checkpoint, move_run, restore_run
 from .own_data import register_data, take_from_data
+from .plain_errors import plain_errors
+from .rehearsal import rehearse
+from .stopping import StoppedError
 from .trainer import LibraTrainer
 from .weights import WeightsCheckpointer
 
@@ -50,11 +56,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="number of CPU processes per machine, with --num-gpus 0",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a training run that OUTPUT_DIR holds"
+        "--overwrite",
+        action="store_true",
+        help="replace a training run that OUTPUT_DIR holds; it is moved aside until the new one "
+        "has a checkpoint",
     )
     what = "a data set: a registered name, " + ", ".join(FORMS.values()) + "; may be repeated"
     for name, group in (("--train", "DATASETS.TRAIN"), ("--val", "DATASETS.TEST")):
         parser.add_argument(name, action="append", metavar="DATA", help=f"{group}: {what}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--output", metavar="FOLDER", help="OUTPUT_DIR: where the run is kept")
     return parser
 
@@ -67,7 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    with one_sentence_errors(parser.prog):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        # torchrun has started the job's processes anew, for them to go on.
+        args.resume, args.overwrite = True, False
+    with one_sentence_errors(parser.prog, args.debug):
         if not args.config_file:
             raise ValueError("give a config with --config-file")
         num_processes = count_processes(args)
@@ -89,52 +102,115 @@ def main(argv: list[str] | None = None) -> None:
                 overwrite=args.overwrite,
                 num_processes=num_processes,
             )
-    if args.overwrite and not args.eval_only and is_main_process():
-        remove_run(Path(cfg.OUTPUT_DIR))
-    launch(_run, args, cfg.MODEL.DEVICE, (cfg, args))
+    launch(_run_and_tell, args, cfg.MODEL.DEVICE, (cfg, args, parser.prog))
 
 
 @contextlib.contextmanager
-def one_sentence_errors(program: str) -> Iterator[None]:
-    """Turns a ``ValueError`` into one sentence and exit status 2, an interrupt into 130."""
+def one_sentence_errors(program: str, debug: bool = False) -> Iterator[None]:
+    """Turns a ``ValueError`` into one sentence and exit status 2, an interrupt into 130.
+
+    Args:
+        program: the name to put before it.
+        debug: whether to print the traceback too.
+    """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, StoppedError) as error:
+        if debug:
+            traceback.print_exc()
+        is_stopped = isinstance(error, StoppedError)
         if is_main_process():
-            print(f"{program}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+            what = error.sentence if is_stopped else f"error: {error}"
+            print(f"{program}: {what}", file=sys.stderr)
+        raise SystemExit(error.code if is_stopped else 2) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _run_and_tell(cfg: CfgNode, args: argparse.Namespace, program: str) -> None:
     """One process's part."""
     silence_known_warnings()
-    register_data(cfg, args.eval_only)
-    _setup(cfg, args)
-    if args.eval_only:
-        model = LibraTrainer.build_model(cfg)
-        checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = LibraTrainer.test(cfg, model)
-        if cfg.TEST.AUG.ENABLED:
-            results.update(LibraTrainer.test_with_augmentation(cfg, model))
+    with one_sentence_errors(program, args.debug):
+        cfg = _with_seed(cfg, args.resume)
+        register_data(cfg, args.eval_only)
+        if args.eval_only:
+            with plain_errors(cfg):
+                _evaluate(cfg, args)
+        else:
+            _train(cfg, args)
+
+
+def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
+    output = Path(cfg.OUTPUT_DIR)
+    # What a training run has left stays as it is.
+    folder = output / ("evaluation" if holds_checkpoint(output) else "inference")
+    _setup(cfg, args, folder)
+    model = LibraTrainer.build_model(cfg)
+    checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    evaluators = [LibraTrainer.build_evaluator(cfg, n, str(folder)) for n in cfg.DATASETS.TEST]
+    results = LibraTrainer.test(cfg, model, evaluators)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(LibraTrainer.test_with_augmentation(cfg, model))
+    if comm.is_main_process():
+        verify_results(cfg, results)
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if comm.is_main_process():
+        print("rehearsing one step; nothing is written before it has worked", flush=True)
+    start = rehearse(cfg, args.resume)
+    output = Path(cfg.OUTPUT_DIR)
+    with hold_output_dir(output) if comm.is_main_process() else contextlib.nullcontext():
+        replaced = None
         if comm.is_main_process():
-            verify_results(cfg, results)
-        return
-    trainer = LibraTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+            replaced = None if start or args.resume else move_run(output)
+            drop_metrics_from(output, start)
+        comm.synchronize()
+        _setup(cfg, args, output)
+        trainer = LibraTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        if replaced:
+            log = logging.getLogger("libra_d2")
+            log.info(
+                "the run that was in '%s' is now in '%s', until the first checkpoint of this one",
+                output,
+                replaced,
+            )
+            trainer.on_first_checkpoint = partial(_remove, replaced)
+        try:
+            trainer.train()
+        finally:
+            if replaced and not holds_checkpoint(output):
+                restore_run(replaced, output)
 
 
-def _setup(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """detectron2's default setup, with its dumps kept off the screen."""
-    if args.eval_only:
-        # The folder may hold a training run, whose config and log must stay as they are.
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / "inference")
+def _remove(replaced: Path) -> None:
+    shutil.rmtree(replaced, ignore_errors=True)
+    logging.getLogger("libra_d2").info("removed '%s', which this run has replaced", replaced)
+
+
+def _with_seed(cfg: CfgNode, resume: bool) -> CfgNode:
+    """The config with the seed of the run, which a negative one leaves open."""
+    if cfg.SEED >= 0:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    before = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if resume and before.is_file():
+        cfg.SEED = CfgNode.load_yaml_with_base(str(before)).get("SEED", -1)
+    if cfg.SEED < 0:
+        cfg.SEED = comm.shared_random_seed()
+    cfg.freeze()
+    return cfg
+
+
+def _setup(cfg: CfgNode, args: argparse.Namespace, folder: Path) -> None:
+    """detectron2's default setup, in a folder, with its dumps kept off the screen."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = str(folder)
     # Called with the very arguments of default_setup, which makes each logger only once.
     make_logger = partial(setup_logger, cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     for logger in (make_logger(name="fvcore"), make_logger(), make_logger(name="libra_d2")):

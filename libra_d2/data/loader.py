@@ -1,0 +1,278 @@
+"""Loaders of images that can go on at any batch, and that say what they can't read.
+
+What an image becomes depends on the run's seed and the image's place in the order alone: not on the
+number of workers, nor on what was loaded before.
+"""
+
+import contextlib
+import logging
+import random
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.data.common import DatasetFromList
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils import comm
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ["LoadingError", "TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
+
+# What libraries raise for files that are missing, damaged, or not as annotated.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    SizeMismatchError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    struct.error,
+)
+
+
+class LoadingError(ValueError):
+    """Images can't be loaded."""
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands for an image that could not be read; it travels from a worker to the loader."""
+
+    file_name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"image '{self.file_name}' cannot be read: {self.reason}"
+
+
+class _Reader:
+    """A mapper that gives what can't be read another form than an error, which would lose its name.
+
+    Args:
+        mapper: makes a model's input of an image's record.
+    """
+
+    def __init__(self, mapper: Callable[[dict], Any]):
+        self.mapper = mapper
+
+    def __call__(self, record: dict) -> Any:
+        try:
+            return self.mapper(record)
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return _Unreadable(str(record.get("file_name")), reason)
+
+
+class _Images(Dataset):
+    """Images by (place in the order, index)."""
+
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
+        self.records, self.read, self.seed = records, _Reader(mapper), seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place_and_index: tuple[int, int]) -> Any:
+        place, index = place_and_index
+        with _random_numbers_of(self.seed, place):
+            return self.read(self.records[index])
+
+
+class _Batches(Sampler):
+    """The batches of a sampler's order, from any one on.
+
+    Args:
+        sampler: of indices.
+        batch_size: of this process.
+        groups: of each index; a batch is of one group, as detectron2's are of one aspect.
+        start: how many batches to leave out.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, groups: Sequence[int], start: int):
+        self.sampler, self.batch_size, self.groups, self.start = sampler, batch_size, groups, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return islice(self._from_the_first(), self.start, None)
+
+    def _from_the_first(self) -> Iterator[list[tuple[int, int]]]:
+        rank, num_processes = comm.get_rank(), comm.get_world_size()
+        buckets = defaultdict(list)
+        for place, index in enumerate(self.sampler):
+            bucket = buckets[self.groups[index]]
+            bucket.append((place * num_processes + rank, int(index)))
+            if len(bucket) == self.batch_size:
+                yield bucket[:]
+                bucket.clear()
+
+
+class TrainLoader:
+    """Endless batches for training.
+
+    Args:
+        records: detectron2's, one an image.
+        mapper: makes a model's input of a record; None for an image to leave out.
+        sampler: of indices, endless, and the same whenever it is iterated.
+        batch_size: of this process.
+        group_by_aspect: whether a batch is all wide or all tall images; records need width, height.
+        num_workers: processes that load; 0 for this one.
+        seed: of what is random in the mapper.
+        max_bad_images: how many images that can't be read may be left out.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict],
+        mapper: Callable[[dict], Any],
+        sampler: Sampler,
+        batch_size: int,
+        *,
+        group_by_aspect: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+        max_bad_images: int = 0,
+    ):
+        wide = (
+            [r["width"] > r["height"] for r in records] if group_by_aspect else [0] * len(records)
+        )
+        self.dataset = _Images(DatasetFromList(list(records), copy=False), mapper, seed)
+        self.make_batches = lambda start: _Batches(sampler, batch_size, wide, start)
+        self.num_workers, self.max_bad_images = num_workers, max_bad_images
+        self.start = 0
+        self.position = 0
+        self.bad_images: dict[str, str] = {}
+
+    def state_dict(self) -> dict:
+        """How many batches were taken, and which images could not be read."""
+        return {"position": self.position, "bad_images": self.bad_images}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The next iteration goes on there."""
+        self.start = self.position = state["position"]
+        self.bad_images = dict(state["bad_images"])
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.make_batches(self.start),
+            num_workers=self.num_workers,
+            collate_fn=list,
+            # Not from the numbers that training draws from.
+            generator=torch.Generator().manual_seed(self.dataset.seed),
+        )
+        for position, batch in enumerate(_tell_of_workers(loader), self.start + 1):
+            self.position, whole = position, []
+            for image in batch:
+                if isinstance(image, _Unreadable):
+                    self._leave_out(image)
+                elif image is not None:
+                    whole.append(image)
+            if whole:
+                yield whole
+
+    def _leave_out(self, image: _Unreadable) -> None:
+        if image.file_name not in self.bad_images:
+            self.bad_images[image.file_name] = image.reason
+            logging.getLogger(__name__).warning("%s; it is left out", image)
+        if len(self.bad_images) > self.max_bad_images:
+            number = len(self.bad_images)
+            raise LoadingError(
+                f"{image}; that is one more than DATALOADER.MAX_BAD_IMAGES "
+                f"{self.max_bad_images} allows ({number} in all)"
+            )
+
+
+class TestLoader:
+    """Batches for evaluation, of a detectron2 loader whose mapper is a reader.
+
+    Args:
+        loader: it.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in _tell_of_workers(self.loader):
+            for image in batch:
+                if isinstance(image, _Unreadable):
+                    raise LoadingError(f"{image}; an evaluation leaves no image out")
+            yield batch
+
+
+def _tell_of_workers(loader: DataLoader) -> Iterator[list[Any]]:
+    """The batches of a loader; what it raises when a worker dies becomes a sentence."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+            raise
+        what = " ".join(str(error).split())
+        raise LoadingError(
+            f"a process that loads images has ended ({what}); where memory is short, a lower "
+            "DATALOADER.NUM_WORKERS helps"
+        ) from error
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None) -> TrainLoader:
+    """The loader of ``DATASETS.TRAIN``, with detectron2's keys and ``DATALOADER.MAX_BAD_IMAGES``.
+
+    Args:
+        cfg: a run's config, whose ``SEED`` is not negative.
+        mapper: instead of detectron2's ``DatasetMapper``.
+    """
+    parts = build_detection_train_loader.from_config(cfg, mapper)
+    return TrainLoader(
+        parts["dataset"],
+        parts["mapper"],
+        parts["sampler"],
+        parts["total_batch_size"] // comm.get_world_size(),
+        group_by_aspect=parts["aspect_ratio_grouping"],
+        num_workers=parts["num_workers"],
+        seed=max(cfg.SEED, 0),
+        max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,
+    )
+
+
+def build_test_loader(
+    cfg: CfgNode, dataset_name: str, mapper: Callable[[dict], Any] | None = None
+) -> TestLoader:
+    """The loader of a data set to evaluate on.
+
+    Args:
+        cfg: a run's config.
+        dataset_name: of ``DATASETS.TEST``.
+        mapper: instead of detectron2's ``DatasetMapper``.
+    """
+    mapper = _Reader(mapper or DatasetMapper(cfg, False))
+    return TestLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+
+
+@contextlib.contextmanager
+def _random_numbers_of(seed: int, place: int) -> Iterator[None]:
+    """Lets all libraries draw the numbers of one place in the order; then those they would have."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    number = int(np.random.SeedSequence((seed, place)).generate_state(1)[0])
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)  # torch.manual_seed would seed GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,118 @@
+"""One step of training, whose numbers are looked at before the weights change."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from torch import nn
+
+from .stopping import NonFiniteError
+
+__all__ = ["CheckedTrainer"]
+
+
+class CheckedTrainer(SimpleTrainer):
+    """detectron2's step, which changes nothing where losses or gradients are not finite.
+
+    The numbers of a step come from the device together, in one transfer.
+
+    Args:
+        model: what is trained, wrapped for several processes if there are several.
+        data_loader: of batches.
+        optimizer: of the model's parameters.
+        amp: whether to compute in float16 where torch deems it safe, with scaled gradients. Of
+            these, infinite ones are a matter of the scale.
+        max_skipped: how many steps that are not finite may be left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp: bool = False,
+        max_skipped: int = 0,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
+        self.max_skipped = max_skipped
+        self.num_skipped = 0
+
+    def run_step(self) -> None:
+        """Trains on one batch.
+
+        Raises:
+            NonFiniteError: if it is not finite and ``max_skipped`` others were not; no weight has
+                changed.
+        """
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast("cuda", torch.float16, enabled=self.grad_scaler.is_enabled()):
+            losses = self.model(batch)
+        if torch.is_tensor(losses):
+            losses = {"total_loss": losses}
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        numbers, is_finite = self._read(losses)
+        if not is_finite:
+            self._leave_out(batch, numbers)
+            return
+        self._write_metrics({k: torch.tensor(v) for k, v in numbers.items()}, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _read(self, losses: dict[str, torch.Tensor]) -> tuple[dict[str, float], bool]:
+        """The losses, and whether those and the gradients of all processes are finite."""
+        values = [loss.detach().float() for loss in losses.values()]
+        if not self.grad_scaler.is_enabled():
+            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            values.append(nn.utils.get_total_norm(gradients).float())
+        numbers = torch.stack(values).tolist()
+        is_finite = all(map(math.isfinite, numbers))
+        if comm.get_world_size() > 1:
+            is_finite = all(comm.all_gather(is_finite))
+        return dict(zip(losses, numbers, strict=False)), is_finite
+
+    def _leave_out(self, batch: list[dict], numbers: dict[str, float]) -> None:
+        self.optimizer.zero_grad()
+        self.num_skipped += 1
+        images = ", ".join(str(image.get("file_name", "?")) for image in batch)
+        shown = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
+        what = (
+            f"losses or gradients are not finite in iteration {self.iter} ({shown}), on the images "
+            f"{images}"
+        )
+        model = self.model
+        broken = [n for n, b in model.named_buffers() if not bool(torch.isfinite(b).all())]
+        if self.num_skipped > self.max_skipped or broken:
+            why = f", which also broke {broken[0]}" if broken and self.max_skipped else ""
+            raise NonFiniteError(
+                f"{what}{why}; no weight was changed by it. A lower SOLVER.BASE_LR, a longer "
+                "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help; SOLVER.MAX_SKIPPED "
+                f"{self.max_skipped} such steps may be left out"
+            )
+        logging.getLogger(__name__).warning(
+            "%s; the step is left out (%d of %d)", what, self.num_skipped, self.max_skipped
+        )
+
+    def state_dict(self) -> dict:
+        """The parent's, with that of the gradients' scale."""
+        state = super().state_dict()
+        if self.grad_scaler.is_enabled():
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return {**state, "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes a state of the parent's too."""
+        super().load_state_dict(state_dict)
+        self.num_skipped = state_dict.get("num_skipped", 0)
+        if "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -1,0 +1,111 @@
+"""Loaders: the order of images, what is random in them, and images that can't be read."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data.datasets import register_coco_instances
+from formats import make_coco
+from toys import toy_config
+
+from libra_d2.data.loader import LoadingError, build_test_loader, build_train_loader
+
+OPTS = (
+    "DATASETS.TRAIN",
+    ("loaded",),
+    "DATASETS.TEST",
+    ("loaded",),
+    "INPUT.MIN_SIZE_TRAIN",
+    (64, 96),
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_coco(tmp_path)
+    register_coco_instances("loaded", {}, f"{tmp_path}/annotations.json", f"{tmp_path}/images")
+    yield tmp_path
+    DatasetCatalog.remove("loaded")
+    MetadataCatalog.remove("loaded")
+
+
+def config(*opts):
+    return toy_config("Base-Libra-RCNN-FPN.yaml", *OPTS, *opts)
+
+
+def take(loader, number):
+    return [[(x["file_name"], x["image"]) for x in batch] for batch in islice(loader, number)]
+
+
+def are_equal(one, other):
+    return len(one) == len(other) and all(
+        a[0] == b[0] and torch.equal(a[1], b[1])
+        for x, y in zip(one, other, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_batches_are_detectron2s(folder, grouping):
+    cfg = config("DATALOADER.ASPECT_RATIO_GROUPING", grouping)
+    names = [[x[0] for x in batch] for batch in take(build_train_loader(cfg), 12)]
+    theirs = take(build_detection_train_loader(cfg), 12)
+    assert names == [[x[0] for x in batch] for batch in theirs]
+
+
+def test_images_depend_on_seed_and_place_alone(folder):
+    batches = take(build_train_loader(config()), 8)
+    assert are_equal(batches, take(build_train_loader(config("DATALOADER.NUM_WORKERS", 2)), 8))
+    assert not are_equal(batches, take(build_train_loader(config("SEED", 2)), 8))
+    sizes = {image.shape for batch in batches for _, image in batch}
+    assert len(sizes) > 1  # something is random
+
+
+@pytest.mark.parametrize("start", [1, 5])
+def test_a_loader_goes_on_anywhere(folder, start):
+    loader = build_train_loader(config())
+    batches = take(loader, 9)
+    other = build_train_loader(config())
+    other.load_state_dict({"position": start, "bad_images": {}})
+    assert are_equal(take(other, 9 - start), batches[start:])
+    assert other.state_dict()["position"] == 9
+
+
+def test_numbers_of_training_stay_as_they_were(folder):
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    seeds = (random.seed, np.random.seed, torch.manual_seed)
+    for seed in seeds:
+        seed(0)
+    expected = draw()
+    for seed in seeds:
+        seed(0)
+    take(build_train_loader(config()), 3)
+    assert draw() == expected
+
+
+class TestBadImages:
+    def test_too_many_stop_it(self, folder):
+        (folder / "images" / "000003.jpg").write_bytes(b"no image")
+        with pytest.raises(LoadingError, match=r"000003\.jpg' cannot be read.*MAX_BAD_IMAGES 0"):
+            take(build_train_loader(config()), 9)
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_some_are_left_out(self, folder, num_workers, caplog):
+        (folder / "images" / "000003.jpg").unlink()
+        cfg = config("DATALOADER.MAX_BAD_IMAGES", 1, "DATALOADER.NUM_WORKERS", num_workers)
+        loader = build_train_loader(cfg)
+        batches = take(loader, 20)
+        names = {name.rpartition("/")[2] for batch in batches for name, _ in batch}
+        assert "000003.jpg" not in names and len(names) == 7
+        assert list(loader.state_dict()["bad_images"]) == [f"{folder}/images/000003.jpg"]
+        assert caplog.text.count("it is left out") == 1
+
+    def test_an_evaluation_leaves_none_out(self, folder):
+        (folder / "images" / "000003.jpg").write_bytes(b"no image")
+        with pytest.raises(LoadingError, match=r"000003\.jpg' cannot be read"):
+            list(build_test_loader(config("DATALOADER.MAX_BAD_IMAGES", 9), "loaded"))
