@@ -34,9 +34,10 @@ class TestAnalyse:
         ("content", "output", "match"),
         [
             (None, "out.png", "does not exist; give the metrics.json"),
-            ("{", "out.png", "one object a line"),
+            ("{\n[", "out.png", "one object a line"),
             ("[1]", "out.png", "holds no metrics"),
             ("", "out.png", "holds no metrics"),
+            ('{"iter', "out.png", "holds no metrics"),
             ('{"iteration": 1}', "out.gif", "must end in .png"),
         ],
     )

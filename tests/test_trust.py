@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -224,6 +225,7 @@ class TestSignals:
     def test_a_second_one_stops_at_once(self, run, monkeypatch, capsys):
         def twice(trainer):
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.6)
             os.kill(os.getpid(), signal.SIGINT)
 
         at_iteration(monkeypatch, 3, twice)

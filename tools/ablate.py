@@ -5,13 +5,15 @@ python tools/ablate.py tools/plans/libra_parts.yaml --output output/libra_parts 
 python tools/ablate.py tools/plans/libra_parts.yaml --train voc:mine:train --test voc:mine:val \
   --seeds 1 2 3 --output output/libra_parts_mine
 
-It goes on where it was interrupted: finished runs are kept, one that was under way starts anew.
+It goes on where it was interrupted: finished runs are kept, one that was under way goes on from its
+last checkpoint.
 OUTPUT gets PLAN.csv (a line a run), PLAN.md and PLAN.png. A run that a .csv there has, of this plan
 or another, is not made again.
 """
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +83,8 @@ def keep_results(
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
+    # So that the runs are ended too, which save what they have.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with one_sentence_errors(parser.prog):
         plan = read_plan(args.plan)
         if args.jobs < 1:

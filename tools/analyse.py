@@ -5,9 +5,10 @@ python tools/analyse.py output/demo/metrics.json training.png
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib
 
@@ -15,23 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of detectron2's metrics.json, one json object a line.
-
-    Raises:
-        ValueError: if the file is missing, empty or not of that form.
-    """
-    if not path.is_file():
-        raise ValueError(f"'{path}' does not exist; give the metrics.json of a training run")
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except ValueError:
-        raise ValueError(f"'{path}' is not detectron2's metrics.json, one object a line") from None
-    is_record = lambda r: isinstance(r, dict) and isinstance(r.get("iteration"), int)  # noqa: E731
-    if not records or not all(map(is_record, records)):
-        raise ValueError(f"'{path}' holds no metrics of training iterations")
-    return records
+from libra_d2.metrics import read_metrics
 
 
 def plot(axes: Axes, records: list[dict], names: dict[str, str], title: str) -> None:
@@ -78,7 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.output.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"output must end in .png, .pdf or .svg, got '{args.output}'")
-        draw(read_metrics(args.metrics), args.output)
+        records = read_metrics(args.metrics)
+        if not records:
+            raise ValueError(f"'{args.metrics}' holds no metrics yet")
+        draw(records, args.output)
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

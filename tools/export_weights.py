@@ -27,6 +27,7 @@ from libra_d2.checkpoint import check_output, read_weights, write_weights, write
 from libra_d2.engine import load_config
 from libra_d2.engine.run import one_sentence_errors
 from libra_d2.engine.weights import class_names_of
+from libra_d2.metrics import read_metrics
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,32 +58,22 @@ def read_config(given: str | None, beside: Path) -> str:
     return load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]).dump()
 
 
-def read_metrics(given: str | None, beside: Path, iteration: int | None) -> dict[str, float]:
+def find_metrics(given: str | None, beside: Path, iteration: int | None) -> dict[str, float]:
     """The numbers in a run's metrics.json of the evaluation at an iteration; none if there is none.
 
     The evaluation at the end of a run is logged with the iteration that would come next.
     """
     path = Path(given) if given else beside / "metrics.json"
-    if not path.is_file():
-        if given is None:
-            return {}
-        raise ValueError(f"--metrics '{path}' does not exist or is not a file")
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        found = [
-            {name: value for name, value in record.items() if "/AP" in name or name == "iteration"}
-            for record in records
-        ]
-    except (ValueError, AttributeError):
-        raise ValueError(f"'{path}' is not a run's metrics.json, one object a line") from None
-    by_iteration = {r.get("iteration"): r for r in found if len(r) > 1 and _is_numbered(r)}
+    if given is None and not path.is_file():
+        return {}
+    found = [
+        {name: value for name, value in record.items() if "/AP" in name or name == "iteration"}
+        for record in read_metrics(path)
+    ]
+    by_iteration = {record["iteration"]: record for record in found if len(record) > 1}
     if iteration is None:
         return {}
     return by_iteration.get(iteration) or by_iteration.get(iteration + 1, {})
-
-
-def _is_numbered(record: dict) -> bool:
-    return isinstance(record.get("iteration"), int)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             "config": read_config(args.config_file, beside),
             "class_names": class_names_of(args.input),
             "iteration": iteration,
-            "metrics": read_metrics(args.metrics, beside, iteration),
+            "metrics": find_metrics(args.metrics, beside, iteration),
         }
         meta = {name: json.dumps(record[name]) for name in ("class_names", "iteration", "metrics")}
         meta["config"] = record["config"]

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from libra_d2.data.sources import is_source, open_source
 from libra_d2.data.splits import make_folds
+from libra_d2.metrics import read_metrics
 
 from .config_file import load_config
 from .own_data import take_from_data
@@ -156,7 +157,7 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
             content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
             hashes = {"code": code, "config": _hash(content.dump()), "data": data[train, test]}
             command = ("--config-file", config, "--train", train, "--val", test)
-            command += ("--output", str(place), "--overwrite", *opts, "SEED", str(seed))
+            command += ("--output", str(place), *opts, "SEED", str(seed))
             result = same.get(tuple({**hashes, "seed": seed}[key] for key in _IDENTITY))
             result = {**result, "row": name} if result else None
             run = Run(name, seed, place, command, test, hashes, result)
@@ -246,10 +247,14 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
         return None
     place, start = places.get(), time.time()
     run.folder.mkdir(parents=True, exist_ok=True)
+    stamp, hashes = run.folder / "hashes.json", json.dumps(run.hashes)
+    is_begun = stamp.is_file() and stamp.read_text() == hashes
+    stamp.write_text(hashes)
+    command = [*run.command[:2], "--resume" if is_begun else "--overwrite", *run.command[2:]]
     try:
-        with open(run.folder / "output.txt", "w") as log:
+        with open(run.folder / "output.txt", "a" if is_begun else "w") as log:
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_net.py"), *run.command],
+                [sys.executable, str(ROOT / "train_net.py"), *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=_environment(place, jobs),
@@ -266,7 +271,7 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
             f"{lines[-1] if lines else 'without a word'}"
         )
     result = _score(run, jobs)
-    result["seconds"] = round(time.time() - start, 1)
+    result["seconds"] = round(time.time() - start, 1)  # of the last part, if it was interrupted
     result["memory_mib"] = _gpu_memory(run) or memory
     partial_file = run.file.with_suffix(".partial")
     partial_file.write_text(json.dumps(result, indent=1))
@@ -309,7 +314,7 @@ def _wait(process: subprocess.Popen, stop: threading.Event) -> int | None:
 
 def _score(run: Run, jobs: int) -> dict:
     """What a run's last evaluation says."""
-    records = [json.loads(x) for x in (run.folder / "metrics.json").read_text().splitlines()]
+    records = read_metrics(run.folder / "metrics.json")
     scored = [r for r in records if any("/AP" in key or "/AR" in key for key in r)]
     if not scored:
         raise ValueError(f"row '{run.row}', seed {run.seed} was not scored: TEST.EVAL_PERIOD?")

@@ -1,14 +1,21 @@
 """Starts the processes of a run: GPUs, CPU processes, or those that torchrun has started."""
 
 import argparse
+import contextlib
+import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from .stopping import STATUSES, StoppedError, how_to_resume
 
 __all__ = ["check_processes", "count_processes", "is_main_process", "launch", "settle_device"]
 
@@ -65,6 +72,11 @@ def count_processes(args: argparse.Namespace) -> int:
         raise ValueError(
             "--num-processes and --num-machines must be at least 1, --num-gpus at least 0"
         )
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--machine-rank must be in [0, {args.num_machines - 1}] of {args.num_machines} "
+            f"machines, got {args.machine_rank}"
+        )
     if args.num_processes > 1 and args.num_gpus > 0:
         raise ValueError("--num-processes is for the CPU; give --num-gpus 0 with it")
     return max(1, args.num_gpus, args.num_processes) * args.num_machines
@@ -98,18 +110,46 @@ def launch(main: Callable, args: argparse.Namespace, device: str, main_args: tup
         finally:
             dist.destroy_process_group()
         return
-    on_cpu = args.num_processes > 1
+    on_cpu, num_processes = args.num_processes > 1, max(1, args.num_gpus, args.num_processes)
     if on_cpu and torch.cuda.is_available():
         # detectron2 takes NCCL wherever there is a GPU; the processes it starts must see none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    detectron2_launch(
-        _limit_threads if on_cpu else main,
-        max(1, args.num_gpus, args.num_processes),
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url="auto" if on_cpu and args.num_machines == 1 else args.dist_url,
-        args=(main, args.num_processes, main_args) if on_cpu else main_args,
-    )
+    with _as_parent() if num_processes > 1 else contextlib.nullcontext():
+        detectron2_launch(
+            _limit_threads if on_cpu else main,
+            num_processes,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url="auto" if on_cpu and args.num_machines == 1 else args.dist_url,
+            args=(main, args.num_processes, main_args) if on_cpu else main_args,
+        )
+
+
+@contextlib.contextmanager
+def _as_parent() -> Iterator[None]:
+    """Hands signals on to the processes that are started, and ends as the first of them to fail.
+
+    Raises:
+        StoppedError: if one was killed.
+    """
+    parent = os.getpid()
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == parent:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, number)
+
+    before = {number: signal.signal(number, hand_on) for number in STATUSES}
+    try:
+        yield
+    except ProcessExitedException as error:
+        if error.signal_name:
+            what = f"process {error.error_index} of the run was ended by {error.signal_name}"
+            raise StoppedError(f"{what}; go on with:\n  {how_to_resume()}", 1) from None
+        raise SystemExit(error.exit_code) from None  # which has said why
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _limit_threads(main: Callable, num_processes: int, main_args: tuple) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from libra_d2.checkpoint import write_whole
+from libra_d2.metrics import read_metrics
 
 from .weights import find_checkpoint
 
@@ -80,14 +81,10 @@ def drop_metrics_from(output: Path, iteration: int) -> None:
     file = output / "metrics.json"
     if not file.is_file():
         return
-    text = file.read_text(errors="replace")
-    kept = []
-    for line in text.splitlines(keepends=True):
-        with contextlib.suppress(ValueError, TypeError):
-            if line.endswith("\n") and json.loads(line).get("iteration", -1) < iteration:
-                kept.append(line)
-    if len(kept) < len(text.splitlines()):
-        write_whole(str(file), lambda beside: Path(beside).write_text("".join(kept)))
+    kept = [record for record in read_metrics(file) if record["iteration"] < iteration]
+    text = "".join(f"{json.dumps(record, sort_keys=True)}\n" for record in kept)
+    if file.read_text(errors="replace") != text:
+        write_whole(str(file), lambda beside: Path(beside).write_text(text))
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ def _sentence(error: Exception, cfg: CfgNode) -> str:
     if isinstance(error, KeyError) and error.args:
         keys = [key for key, value in list_keys(cfg) if _holds(value, error.args[0])]
         what += f" ({', '.join(keys)})" if keys else ""
-    return f"{part}: {what}"
+    return f"{part}: {what}; --debug shows where"
 
 
 def _holds(value, part) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from functools import partial
@@ -35,6 +36,9 @@ from .weights import WeightsCheckpointer
 
 __all__ = ["main", "make_parser", "one_sentence_errors"]
 
+# Seconds after which a process speaks that is not the first. Where they all fail alike, the first
+# has ended the job by then.
+_PATIENCE = 5
 # detectron2's dumps of several hundred lines; they go to log.txt alone.
 _NOT_FOR_THE_SCREEN = (
     "Command line arguments",
@@ -102,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
                 overwrite=args.overwrite,
                 num_processes=num_processes,
             )
-    launch(_run_and_tell, args, cfg.MODEL.DEVICE, (cfg, args, parser.prog))
+        launch(_run_and_tell, args, cfg.MODEL.DEVICE, (cfg, args, parser.prog))
 
 
 @contextlib.contextmanager
@@ -119,9 +123,10 @@ def one_sentence_errors(program: str, debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         is_stopped = isinstance(error, StoppedError)
-        if is_main_process():
-            what = error.sentence if is_stopped else f"error: {error}"
-            print(f"{program}: {what}", file=sys.stderr)
+        if not is_main_process():
+            time.sleep(_PATIENCE)
+        what = error.sentence if is_stopped else f"error: {error}"
+        print(f"{program}: {what}", file=sys.stderr)
         raise SystemExit(error.code if is_stopped else 2) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from types import FrameType
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
 
 # Of a job that is to be put into its queue again: sysexits.h, EX_TEMPFAIL.
 REQUEUE_STATUS = 75
+_SAME = 0.5  # seconds in which two signals are one
 # The exit statuses of the signals that a run answers to.
 STATUSES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: REQUEUE_STATUS}
 
@@ -49,6 +51,7 @@ class Signals:
         self.at_once = False  # whether to raise what came, where nothing can be lost
         self._before = {}
         self._process = os.getpid()
+        self._when = 0.0
 
     def __enter__(self) -> "Signals":
         self._before = {number: signal.signal(number, self._receive) for number in STATUSES}
@@ -61,9 +64,12 @@ class Signals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a process that loads data; its parent tells it when to end
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+        if self.received:
+            # A terminal sends one to all processes, which a parent hands on once more.
+            if number == signal.SIGINT and time.monotonic() - self._when > _SAME:
+                raise KeyboardInterrupt
+            return
+        self.received, self._when = number, time.monotonic()
         if self.at_once:
             raise StoppedError(signal.Signals(number).name, STATUSES[number])
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 REFERENCES = ("paper", "mmdet")
 GAMMA_OVER_ALPHA = (1e-3, 80.0)  # the published settings are from 2 to 5
+MOST_EXPONENT = 88.0  # of e in float32
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -20,6 +21,11 @@ def check_balanced_l1(alpha: float, gamma: float, beta: float, reference: str) -
         raise ValueError(
             f"gamma must be between {low} and {high} times alpha, so that float32 holds the "
             f"exponential of their ratio; got {gamma} and alpha {alpha}"
+        )
+    if gamma / alpha - math.log(beta) > MOST_EXPONENT:
+        raise ValueError(
+            f"beta must be larger for gamma {gamma} and alpha {alpha}, so that float32 holds the "
+            f"exponential of their ratio over it; got {beta}"
         )
     if reference not in REFERENCES:
         raise ValueError(f"reference must be one of {', '.join(REFERENCES)}; got '{reference}'")

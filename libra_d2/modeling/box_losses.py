@@ -138,6 +138,11 @@ class BalancedL1(DeltaLoss):
 
     def __post_init__(self):
         check_balanced_l1(self.alpha, self.gamma, self.beta, self.reference)
+        if self.reference == "mmdet" and self.beta > 1:
+            raise ValueError(
+                f"beta must be at most 1 in mmdetection's form, which is negative for small errors "
+                f"otherwise; got {self.beta}"
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, head: str) -> "BalancedL1":

@@ -51,6 +51,13 @@ def check(candidates: Tensor, num_samples: int | Tensor, **others: Tensor) -> in
         return min(int(num_samples), candidates.shape[-1])
     if num_samples.is_floating_point():
         raise ValueError(f"num_samples must be integers, got {num_samples.dtype}")
+    rows = candidates.shape[:-1]
+    sizes = zip(reversed(num_samples.shape), reversed(rows), strict=False)
+    if num_samples.dim() > len(rows) or any(size not in (1, row) for size, row in sizes):
+        raise ValueError(
+            f"num_samples must broadcast to the rows of candidates, {tuple(rows)}, got "
+            f"{tuple(num_samples.shape)}"
+        )
     return num_samples.unsqueeze(-1).clamp(max=candidates.shape[-1]).to(torch.int32)
 
 

@@ -1,0 +1,32 @@
+"""The metrics that a run has logged."""
+
+import contextlib
+import json
+from pathlib import Path
+
+__all__ = ["read_metrics"]
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a run's ``metrics.json``, one json object a line.
+
+    A last line that was cut off, by a kill or a full disk, is left out.
+
+    Raises:
+        ValueError: if the file is missing, has no record, or is not of that form.
+    """
+    if not path.is_file():
+        raise ValueError(f"'{path}' does not exist; give the metrics.json of a training run")
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        with contextlib.suppress(ValueError):  # it may be whole
+            json.loads(lines[-1])
+            lines[-1] += "\n"
+    whole = [line for line in lines if line.endswith("\n") and line.strip()]
+    try:
+        records = [json.loads(line) for line in whole]
+    except ValueError:
+        raise ValueError(f"'{path}' is not a run's metrics.json, one object a line") from None
+    if not all(isinstance(r, dict) and isinstance(r.get("iteration"), int) for r in records):
+        raise ValueError(f"'{path}' holds no metrics of training iterations")
+    return records
