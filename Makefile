@@ -4,12 +4,13 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 DEMO := output/demo
 
-.PHONY: help demo compare test lint benchmark clean
+.PHONY: help demo compare test test-slow lint benchmark clean
 
 help:
 	@echo "make demo       train a small Libra Faster R-CNN, evaluate it and draw what it finds"
 	@echo "make compare    train the demo and its plain twin, and compare them"
 	@echo "make test       run the tests"
+	@echo "make test-slow  damage configs, data and checkpoints, and kill runs (hours)"
 	@echo "make lint       check style and formatting"
 	@echo "make benchmark  measure speed and memory (minutes; ARGS=--help for options)"
 	@echo "make clean      remove .venv, generated data sets and output"
@@ -29,6 +30,10 @@ compare: .venv/requirements .venv/detectron2
 test: .venv/requirements
 	@$(MAKE) --no-print-directory .venv/detectron2 2> /dev/null || true
 	@$(PY) -m pytest $(ARGS)
+
+test-slow: .venv/requirements .venv/detectron2
+	@FUZZ_EXAMPLES=10000 $(PY) -m pytest tests/test_fuzz.py --timeout 36000 $(ARGS)
+	@FUZZ_RUNS=1000 $(PY) -m pytest tests/test_damage.py -m "slow or not slow" --timeout 36000 $(ARGS)
 
 lint: .venv/requirements
 	@$(PY) -m ruff check .

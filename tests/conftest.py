@@ -19,7 +19,16 @@ except ValueError:  # blocked by a test
 # These test what needs torch and torchvision alone.
 CORE = {
     f"test_{name}.py"
-    for name in ("core", "sampling", "hard_sampling", "matching", "ranking", "losses", "layers")
+    for name in (
+        "core",
+        "sampling",
+        "hard_sampling",
+        "matching",
+        "ranking",
+        "losses",
+        "layers",
+        "fuzz",
+    )
 }
 
 if HAS_DETECTRON2:

@@ -160,5 +160,13 @@ def _limit_threads(main: Callable, num_processes: int, main_args: tuple) -> None
 def _join_torchrun(on_gpu: bool) -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    store, rank, num_processes = next(dist.rendezvous("env://"))
+    # torchrun's store still has what processes left there that were started before.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(f"start{start}", store),
+        rank=rank,
+        world_size=num_processes,
+    )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -254,6 +254,9 @@ def check_weights(weights: str, model: nn.Module, name: str, *, all_of_them: boo
     except Exception as error:
         raise ValueError(f"{name} '{weights}' is not a checkpoint of a torch model") from error
     own = model.state_dict()
+    broken = [key for key, value in state.items() if key in own and not _is_finite(value)]
+    if broken:
+        raise ValueError(f"{name} '{weights}' has weights that are not finite, in '{broken[0]}'")
     lacking = [key for key, value in own.items() if shapes.get(key) != value.shape]
     if all_of_them and lacking:
         what = f"has no weights for '{lacking[0]}' of this model's shape"
