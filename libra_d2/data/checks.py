@@ -26,6 +26,7 @@ def check_dataset(
     fields: tuple = (),
     allow_outside: bool = False,
     drop_bad_boxes: bool = False,
+    filter_empty: bool = False,
 ) -> None:
     """Checks that a data set is registered, there, and fits the model; draws an embedded one.
 
@@ -38,6 +39,7 @@ def check_dataset(
             "polygons" (of masks) or "keypoints".
         allow_outside: whether images may lie outside of the data set's folder.
         drop_bad_boxes: whether boxes of negative size, which training leaves out, are no error.
+        filter_empty: whether images without objects are not trained on, which is told.
 
     Raises:
         ValueError: naming what is wrong and what would be right.
@@ -59,7 +61,11 @@ def check_dataset(
                 )
         classes = metadata.get("thing_classes")
         if metadata.get("json_file"):
-            options = {"allow_outside": allow_outside, "drop": drop_bad_boxes and for_training}
+            options = {
+                "allow_outside": allow_outside,
+                "drop": drop_bad_boxes and for_training,
+                "filter_empty": filter_empty and for_training,
+            }
             classes = _check_coco(metadata, fields, for_training, **options)
     except OSError as error:
         raise ValueError(f"data set '{name}' cannot be read: {error}") from error
@@ -73,7 +79,13 @@ def check_dataset(
 
 
 def _check_coco(
-    metadata, fields: tuple, for_training: bool, *, allow_outside: bool, drop: bool
+    metadata,
+    fields: tuple,
+    for_training: bool,
+    *,
+    allow_outside: bool,
+    drop: bool,
+    filter_empty: bool,
 ) -> list:
     """Checks what detectron2 and pycocotools will read of an annotation file; its categories."""
     is_lvis = metadata.get("evaluator_type") == "lvis"
@@ -102,6 +114,15 @@ def _check_coco(
         # What is behind a data set named in place is nothing that a user knows.
         place = "" if is_source(metadata.name) else f"{metadata.json_file} "
         raise ValueError(f"{place}{error}") from None
+    filled = {a.image_id for a in annotations if not is_crowd(a)}
+    num_empty = len(coco.images) - len(filled)
+    if filter_empty and num_empty:
+        logging.getLogger(__name__).warning(
+            "data set '%s' has %d images without objects, which are not trained on; "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS False keeps them",
+            metadata.name,
+            num_empty,
+        )
     for problem in problems:
         logging.getLogger(__name__).warning("data set '%s' %s", metadata.name, problem.what)
     return coco.categories

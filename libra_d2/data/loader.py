@@ -150,12 +150,16 @@ class TrainLoader:
         self.make_batches = lambda start: _Batches(sampler, batch_size, wide, start)
         self.num_workers, self.max_bad_images = num_workers, max_bad_images
         self.start = 0
-        self.position = 0
+        self.position = self._before = 0
         self.bad_images: dict[str, str] = {}
 
     def state_dict(self) -> dict:
         """How many batches were taken, and which images could not be read."""
         return {"position": self.position, "bad_images": self.bad_images}
+
+    def take_back(self) -> None:
+        """The last batch was not trained on."""
+        self.position = self._before
 
     def load_state_dict(self, state: dict) -> None:
         """The next iteration goes on there."""
@@ -172,13 +176,14 @@ class TrainLoader:
             generator=torch.Generator().manual_seed(self.dataset.seed),
         )
         for position, batch in enumerate(_tell_of_workers(loader), self.start + 1):
-            self.position, whole = position, []
+            whole = []
             for image in batch:
                 if isinstance(image, _Unreadable):
                     self._leave_out(image)
                 elif image is not None:
                     whole.append(image)
             if whole:
+                self._before, self.position = self.position, position
                 yield whole
 
     def _leave_out(self, image: _Unreadable) -> None:

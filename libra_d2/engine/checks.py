@@ -107,6 +107,7 @@ def _check_datasets(cfg: CfgNode, eval_only: bool) -> None:
     }
     options = {
         "allow_outside": cfg.DATASETS.ALLOW_OUTSIDE,
+        "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
         "drop_bad_boxes": cfg.DATASETS.ON_BAD_BOXES == "drop",
     }
     fields = ()

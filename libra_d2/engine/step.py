@@ -10,6 +10,8 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from torch import nn
 
+from libra_d2.data.loader import LoadingError
+
 from .stopping import NonFiniteError
 
 __all__ = ["CheckedTrainer"]
@@ -47,11 +49,12 @@ class CheckedTrainer(SimpleTrainer):
         """Trains on one batch.
 
         Raises:
+            LoadingError: if there is no batch.
             NonFiniteError: if it is not finite and ``max_skipped`` others were not; no weight has
                 changed.
         """
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        batch = self._load()
         data_time = time.perf_counter() - start
         with torch.autocast("cuda", torch.float16, enabled=self.grad_scaler.is_enabled()):
             losses = self.model(batch)
@@ -67,6 +70,20 @@ class CheckedTrainer(SimpleTrainer):
         self._write_metrics({k: torch.tensor(v) for k, v in numbers.items()}, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _load(self) -> list[dict]:
+        """The next batch; raises ``LoadingError`` in all processes if one has none."""
+        problem = ""
+        try:
+            batch = next(self._data_loader_iter)
+        except LoadingError as error:
+            problem = str(error)
+        problems = comm.all_gather(problem)
+        if any(problems):
+            if not problem:
+                self.data_loader.take_back()
+            raise LoadingError(next(filter(None, problems)))
+        return batch
 
     def _read(self, losses: dict[str, torch.Tensor]) -> tuple[dict[str, float], bool]:
         """The losses, and whether those and the gradients of all processes are finite."""

@@ -2,15 +2,11 @@
 
 import logging
 import os
-import signal
-import time
 import weakref
-from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -23,7 +19,6 @@ from torch import nn
 
 from libra_d2.config import get_key
 from libra_d2.data.loader import (
-    LoadingError,
     TestLoader,
     TrainLoader,
     build_test_loader,
@@ -31,16 +26,10 @@ from libra_d2.data.loader import (
 )
 
 from .evaluators import choose_evaluator
-from .hooks import Checkpoints, EpochLogger, Writer
-from .random_state import (
-    get_random_state,
-    get_running_numbers,
-    set_random_state,
-    set_running_numbers,
-)
+from .hooks import EpochLogger
+from .resumable import ResumableTrainer
 from .step import CheckedTrainer
-from .stopping import STATUSES, NonFiniteError, Signals, StoppedError, how_to_resume
-from .weights import WeightsCheckpointer, find_checkpoint, has_final_checkpoint
+from .weights import WeightsCheckpointer
 
 __all__ = ["LibraTrainer"]
 
@@ -53,7 +42,7 @@ _AUGMENTED = {
 }
 
 
-class LibraTrainer(DefaultTrainer):
+class LibraTrainer(ResumableTrainer):
     """Trains and evaluates any detectron2 model from its config.
 
     Args:
@@ -85,9 +74,6 @@ class LibraTrainer(DefaultTrainer):
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.signals = Signals()
-        self.on_first_checkpoint: Callable[[], None] | None = None
-        self._resumed: dict | None = None
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -171,178 +157,12 @@ class LibraTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """The parent's; with ``TEST.AUG.ENABLED`` an evaluation with augmentation, at the end."""
         ret = super().build_hooks()
-        for hook in ret:
-            if isinstance(hook, hooks.PeriodicWriter):
-                ret[ret.index(hook)] = Writer(hook, self.cfg.TEST.EVAL_PERIOD)
-        ret = [hook for hook in ret if not isinstance(hook, hooks.PeriodicCheckpointer)]
-        place = next(i for i, hook in enumerate(ret) if isinstance(hook, hooks.EvalHook))
-        # Checkpoints before the evaluation, which may fail.
-        ret[place : place + 1] = [
-            Checkpoints(self.cfg.SOLVER.CHECKPOINT_PERIOD),
-            hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate),
-        ]
         if self.cfg.TEST.AUG.ENABLED:
             # Before the writers, which come last, so that its numbers are written too.
             writers = [i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicWriter)]
             place = min(writers, default=len(ret))
             ret.insert(place, hooks.EvalHook(0, self._test_with_augmentation))
         return ret
-
-    @classmethod
-    def test(
-        cls,
-        cfg: CfgNode,
-        model: nn.Module,
-        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
-    ) -> dict:
-        """The parent's; training draws the same random numbers whether or not it was called."""
-        state = get_random_state()
-        try:
-            return super().test(cfg, model, evaluators)
-        finally:
-            set_random_state(state)
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Loads the last whole checkpoint, if it is to be resumed from; or ``MODEL.WEIGHTS``.
-
-        A run resumed with as many processes goes on exactly as it would have.
-        """
-        last = self.checkpointer.get_checkpoint_file() if resume else ""
-        if not last:
-            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
-            return
-        rest = self.checkpointer.load(last)
-        self.start_iter = self.iter + 1
-        states = rest.get("processes", [])
-        loader = self._trainer.data_loader
-        if len(states) == comm.get_world_size():
-            self._resumed = states[comm.get_rank()]
-            loader_state = self._resumed["loader"]
-        else:
-            logging.getLogger(__name__).warning(
-                "'%s' was not saved by as many processes: what is random is drawn anew", last
-            )
-            loader_state = {"position": self.start_iter, "bad_images": {}}
-        if loader_state and hasattr(loader, "load_state_dict"):
-            loader.load_state_dict(loader_state)
-
-    def before_train(self) -> None:
-        """The parent's; last, a resumed run's random numbers are set."""
-        super().before_train()
-        if self._resumed:
-            set_running_numbers(self.checkpointer.model, self._resumed["running"])
-            set_random_state(self._resumed["random"])
-
-    def save_checkpoint(self, name: str = "") -> bool:
-        """Saves all that a run needs to go on; called in all processes at once.
-
-        Args:
-            name: of the file; ``model_`` and the iteration's number unless it is given.
-
-        Returns:
-            Whether it could be written; if not, a warning says why.
-
-        Raises:
-            StoppedError: if the weights are not finite.
-        """
-        loader = self._trainer.data_loader
-        states = comm.gather(
-            {
-                "random": get_random_state(),
-                "running": get_running_numbers(self.checkpointer.model),
-                "loader": loader.state_dict() if hasattr(loader, "state_dict") else None,
-            }
-        )
-        problem, is_final = "", False
-        if comm.is_main_process():
-            try:
-                name = name or f"model_{self.iter:07d}"
-                self.checkpointer.save(name, iteration=self.iter, processes=states)
-            except NonFiniteError as error:
-                problem, is_final = f"after iteration {self.iter} {error}; they are not saved", True
-            except ValueError as error:
-                problem = str(error)
-        problem, is_final = comm.all_gather((problem, is_final))[0]
-        if is_final:
-            raise StoppedError(f"{problem}. {self._last()}")
-        if problem:
-            logging.getLogger(__name__).warning("%s; it will be tried again", problem)
-            return False
-        if self.on_first_checkpoint:
-            self.on_first_checkpoint()
-            self.on_first_checkpoint = None
-        return True
-
-    def save_final_checkpoint(self, waits: Sequence[float] = (0, 5, 15)) -> None:
-        """Saves ``model_final.pth``, with an attempt after each of the waits, seconds.
-
-        Raises:
-            StoppedError: if none succeeds.
-        """
-        for wait in waits:
-            time.sleep(wait)
-            if self.save_checkpoint("model_final"):
-                return
-        raise StoppedError(f"the trained model could not be saved. {self._last()}")
-
-    def train(self) -> dict | None:
-        """Trains; SIGINT, SIGTERM and SIGUSR1 end it after a step, with a checkpoint.
-
-        Raises:
-            StoppedError: if it ended before its time.
-        """
-        with self.signals:
-            is_trained = 0 < self.start_iter >= self.max_iter
-            if is_trained and not has_final_checkpoint(Path(self.cfg.OUTPUT_DIR)):
-                self.iter = self.start_iter - 1
-                self.save_final_checkpoint()
-            return super().train()
-
-    def run_step(self) -> None:
-        """A step; what makes it fail is told with how to go on."""
-        try:
-            super().run_step()
-        except NonFiniteError as error:
-            raise StoppedError(f"{error}. {self._last()}") from error
-        except LoadingError as error:
-            self.iter -= 1  # the last one that was finished
-            self._stop(str(error), 2)
-
-    def after_step(self) -> None:
-        """The parent's; then ends the run if a signal has come to any process."""
-        super().after_step()
-        received = max(comm.all_gather(self.signals.received))
-        if received and self.iter + 1 < self.max_iter:
-            self._stop_by_signal(received)
-
-    def _stop_by_signal(self, number: int) -> None:
-        self._stop(f"stopped by {signal.Signals(number).name}", STATUSES[number])
-
-    def _stop(self, why: str, status: int) -> None:
-        """Saves what is trained and ends the run."""
-        if self.start_iter <= self.iter < self.max_iter:
-            self.save_checkpoint()
-        raise StoppedError(f"{why}. {self._last()}", status)
-
-    def _last(self) -> str:
-        """Where the last checkpoint is, and how to go on from it."""
-        last = find_checkpoint(Path(self.cfg.OUTPUT_DIR))
-        if not last:
-            return "There is no checkpoint yet."
-        return f"The last checkpoint is '{last}'; go on with:\n  {how_to_resume()}"
-
-    def _evaluate(self) -> dict:
-        # Nothing is lost where a single process leaves an evaluation: its step is finished.
-        self.signals.at_once = comm.get_world_size() == 1
-        try:
-            self._last_eval_results = self.test(self.cfg, self.model)
-        except StoppedError:
-            self._stop_by_signal(self.signals.received)
-        except LoadingError as error:
-            self._stop(str(error), 2)
-        finally:
-            self.signals.at_once = False
-        return self._last_eval_results
 
     def _test_with_augmentation(self) -> dict:
         results = self.test_with_augmentation(self.cfg, self.model)

@@ -1,0 +1,213 @@
+"""detectron2's default trainer, which can be stopped and goes on as if it had not been."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+
+from libra_d2.data.loader import LoadingError
+
+from .hooks import Checkpoints, Writer
+from .random_state import (
+    get_random_state,
+    get_running_numbers,
+    set_random_state,
+    set_running_numbers,
+)
+from .stopping import STATUSES, NonFiniteError, Signals, StoppedError, how_to_resume
+from .weights import find_checkpoint, has_final_checkpoint
+
+__all__ = ["ResumableTrainer"]
+
+
+class ResumableTrainer(DefaultTrainer):
+    """Saves all that decides how training goes on, and ends a run with a sentence, not a traceback.
+
+    A subclass's constructor makes the parts of detectron2's.
+    """
+
+    # What is called once there is a checkpoint.
+    on_first_checkpoint: Callable[[], None] | None = None
+    _resumed: dict | None = None
+
+    def build_hooks(self) -> list[HookBase]:
+        """The parent's, with checkpoints, an evaluation and writers that end no run by failing."""
+        self.signals = Signals()
+        period = self.cfg.TEST.EVAL_PERIOD
+        ret = []
+        for hook in super().build_hooks():
+            if isinstance(hook, hooks.EvalHook):
+                # Checkpoints before the evaluation, which may fail.
+                ret.append(Checkpoints(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+                hook = hooks.EvalHook(period, self._evaluate)
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook = Writer(hook, period)
+            if not isinstance(hook, hooks.PeriodicCheckpointer):
+                ret.append(hook)
+        return ret
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+    ) -> dict:
+        """The parent's; training draws the same random numbers whether or not it was called."""
+        state = get_random_state()
+        try:
+            return super().test(cfg, model, evaluators)
+        finally:
+            set_random_state(state)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Loads the last whole checkpoint, if it is to be resumed from; or ``MODEL.WEIGHTS``.
+
+        A run resumed with as many processes goes on exactly as it would have.
+        """
+        last = self.checkpointer.get_checkpoint_file() if resume else ""
+        if not last:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            return
+        rest = self.checkpointer.load(last)
+        self.start_iter = self.iter + 1
+        states = rest.get("processes", [])
+        loader = self._trainer.data_loader
+        if len(states) == comm.get_world_size():
+            self._resumed = states[comm.get_rank()]
+            loader_state = self._resumed["loader"]
+        else:
+            logging.getLogger(__name__).warning(
+                "'%s' was not saved by as many processes: what is random is drawn anew", last
+            )
+            loader_state = {"position": self.start_iter, "bad_images": {}}
+        if loader_state and hasattr(loader, "load_state_dict"):
+            loader.load_state_dict(loader_state)
+
+    def before_train(self) -> None:
+        """The parent's; last, a resumed run's random numbers are set."""
+        super().before_train()
+        if self._resumed:
+            set_running_numbers(self.checkpointer.model, self._resumed["running"])
+            set_random_state(self._resumed["random"])
+
+    def save_checkpoint(self, name: str = "") -> bool:
+        """Saves all that a run needs to go on; called in all processes at once.
+
+        Args:
+            name: of the file; ``model_`` and the iteration's number unless it is given.
+
+        Returns:
+            Whether it could be written; if not, a warning says why.
+
+        Raises:
+            StoppedError: if the weights are not finite.
+        """
+        loader = self._trainer.data_loader
+        states = comm.gather(
+            {
+                "random": get_random_state(),
+                "running": get_running_numbers(self.checkpointer.model),
+                "loader": loader.state_dict() if hasattr(loader, "state_dict") else None,
+            }
+        )
+        problem, is_final = "", False
+        if comm.is_main_process():
+            try:
+                name = name or f"model_{self.iter:07d}"
+                self.checkpointer.save(name, iteration=self.iter, processes=states)
+            except NonFiniteError as error:
+                problem, is_final = f"after iteration {self.iter} {error}; they are not saved", True
+            except ValueError as error:
+                problem = str(error)
+        problem, is_final = comm.all_gather((problem, is_final))[0]
+        if is_final:
+            raise StoppedError(f"{problem}. {self._last()}")
+        if problem:
+            logging.getLogger(__name__).warning("%s; it will be tried again", problem)
+            return False
+        if self.on_first_checkpoint:
+            self.on_first_checkpoint()
+            self.on_first_checkpoint = None
+        return True
+
+    def save_final_checkpoint(self, waits: Sequence[float] = (0, 5, 15)) -> None:
+        """Saves ``model_final.pth``, with an attempt after each of the waits, seconds.
+
+        Raises:
+            StoppedError: if none succeeds.
+        """
+        for wait in waits:
+            time.sleep(wait)
+            if self.save_checkpoint("model_final"):
+                return
+        raise StoppedError(f"the trained model could not be saved. {self._last()}")
+
+    def train(self) -> dict | None:
+        """Trains; SIGINT, SIGTERM and SIGUSR1 end it after a step, with a checkpoint.
+
+        Raises:
+            StoppedError: if it ended before its time.
+        """
+        with self.signals:
+            is_trained = 0 < self.start_iter >= self.max_iter
+            is_saved = comm.all_gather(has_final_checkpoint(Path(self.cfg.OUTPUT_DIR)))[0]
+            if is_trained and not is_saved:
+                self.iter = self.start_iter - 1
+                self.save_final_checkpoint()
+            return super().train()
+
+    def run_step(self) -> None:
+        """A step; what makes it fail is told with how to go on."""
+        try:
+            super().run_step()
+        except NonFiniteError as error:
+            raise StoppedError(f"{error}. {self._last()}") from error
+        except LoadingError as error:
+            self.iter -= 1  # the last one that was finished
+            self._stop(str(error), 2)
+
+    def after_step(self) -> None:
+        """The parent's; then ends the run if a signal has come to any process."""
+        super().after_step()
+        received = max(comm.all_gather(self.signals.received))
+        if received and self.iter + 1 < self.max_iter:
+            self._stop_by_signal(received)
+
+    def _stop_by_signal(self, number: int) -> None:
+        self._stop(f"stopped by {signal.Signals(number).name}", STATUSES[number])
+
+    def _stop(self, why: str, status: int) -> None:
+        """Saves what is trained and ends the run."""
+        if self.start_iter <= self.iter < self.max_iter:
+            self.save_checkpoint()
+        raise StoppedError(f"{why}. {self._last()}", status)
+
+    def _last(self) -> str:
+        """Where the last checkpoint is, and how to go on from it."""
+        last = find_checkpoint(Path(self.cfg.OUTPUT_DIR))
+        if not last:
+            return "There is no checkpoint yet."
+        return f"The last checkpoint is '{last}'; go on with:\n  {how_to_resume()}"
+
+    def _evaluate(self) -> dict:
+        # Nothing is lost where a single process leaves an evaluation: its step is finished.
+        self.signals.at_once = comm.get_world_size() == 1
+        try:
+            self._last_eval_results = self.test(self.cfg, self.model)
+        except StoppedError:
+            self._stop_by_signal(self.signals.received)
+        except LoadingError as error:
+            if comm.get_world_size() > 1:  # the others don't know, and would not save with this one
+                raise StoppedError(f"{error}. {self._last()}") from error
+            self._stop(str(error), 2)
+        finally:
+            self.signals.at_once = False
+        return self._last_eval_results
