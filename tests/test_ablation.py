@@ -9,9 +9,9 @@ from formats import make_coco
 from scipy import stats
 from toys import CONFIGS, TOY, run_tool
 
-from libra_d2.engine import ablation
-from libra_d2.engine.ablation import Data, list_runs, read_plan
-from libra_d2.engine.comparison import compare, make_table, plot, read_csv, write_csv
+from libra_d2.engine import plan as plans
+from libra_d2.engine.comparison import compare, make_table, plot, read_results, write_csv
+from libra_d2.engine.plan import Data, list_runs, read_plan
 from libra_d2.statistics import Difference, bootstrap_images, paired_difference
 
 PLANS = sorted((CONFIGS.parent / "tools" / "plans").glob("*.yaml"))
@@ -106,7 +106,7 @@ def results(**rows):
 
 def test_tables_are_made_from_the_csv(tmp_path):
     write_csv(results(base=[50.0, 48.0, 49.0], better=[52.0, 50.1, 50.9]), tmp_path / "a.csv")
-    records = read_csv(tmp_path / "a.csv")
+    records = read_results(tmp_path / "a.csv")
     write_csv(records, tmp_path / "b.csv")
     assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "a.csv").read_bytes()
     assert records[0]["code"] == "1e5" and records[0]["config"] == "002"  # hashes are no numbers
@@ -131,7 +131,7 @@ def test_shipped_plans_are_valid(plan, data, tmp_path):
     assert {run.row for run in runs} == set(plan.rows)
     configs = {run.hashes["config"] for run in runs}
     assert len(configs) == len(plan.rows)  # each row changes something, and a seed nothing
-    assert {run.hashes["code"] for run in runs} == {ablation.hash_code()}
+    assert {run.hashes["code"] for run in runs} == {plans.hash_code()}
 
 
 def test_folds_hold_each_image_out_once(data, tmp_path):
@@ -165,7 +165,7 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     first = run_tool("ablate.py", file, "--output", output)
     assert first.returncode == 0, first.stderr
     assert "over images" in first.stdout and "With one seed" in first.stdout
-    records = read_csv(output / "plan.csv")
+    records = read_results(output / "plan.csv")
     assert [r["row"] for r in records] == ["base", "ball"]
     assert all(r["seconds"] > 1 and r["memory_mib"] > 100 for r in records)
     stamps = {f: f.stat().st_mtime_ns for f in output.rglob("model_final.pth")}
@@ -181,7 +181,7 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     second = run_tool("ablate.py", other_file, "--output", output, "--seeds", "1")
     assert second.returncode == 0 and not (output / "runs" / "other").exists()
     renamed = [{**r, "row": n} for r, n in zip(records, ("plain", "bounded"), strict=True)]
-    assert str(read_csv(output / "other.csv")) == str(renamed)  # NaN equals nothing
+    assert str(read_results(output / "other.csv")) == str(renamed)  # NaN equals nothing
     # Interrupted, it makes the one that is missing; results of other seeds stay.
     lines = (output / "plan.csv").read_text().splitlines(keepends=True)
     (output / "other.csv").unlink()
@@ -189,7 +189,7 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     (output / "runs" / "plan" / "ball" / "seed1" / "result.json").unlink()
     third = run_tool("ablate.py", file, "--output", output)
     assert third.returncode == 0 and third.stdout == first.stdout
-    found = [(r["row"], r["seed"]) for r in read_csv(output / "plan.csv")]
+    found = [(r["row"], r["seed"]) for r in read_results(output / "plan.csv")]
     assert found == [("base", 1), ("base", 2), ("ball", 1)]
 
 

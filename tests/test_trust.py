@@ -184,13 +184,40 @@ class TestResume:
         assert "has no weights for 'backbone.fpn_lateral2.weight'" in capsys.readouterr().err
         assert files(out) == before
 
-    def test_a_launchers_restart(self, run, out, monkeypatch):
+    def test_a_launchers_restart(self, run, out, monkeypatch, capsys):
+        """Goes on if the launcher's first start had taken the folder, and never else."""
+        assert run(iterations=2) == 0
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert run() == 2
+        assert "holds a training run" in capsys.readouterr().err
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
         with monkeypatch.context() as context:
             at_iteration(context, 3, send(signal.SIGTERM))
-            assert run() == 143
+            assert run(flags=["--overwrite"]) == 143
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert run(flags=["--overwrite"]) == 0
-        assert (out / "model_0000003.pth").exists() and not list(out.parent.glob("*.old*"))
+        records = (out / "metrics.json").read_text().splitlines()
+        assert [json.loads(x)["iteration"] for x in records][-1] >= 5
+        assert (out / "model_0000001.pth").exists() and not list(out.glob("old*"))
+
+    def test_a_longer_one_keeps_the_score_of_the_shorter(self, run, out):
+        assert run() == 0
+        assert run(flags=["--resume"], iterations=8) == 0
+        records = [json.loads(x) for x in (out / "metrics.json").read_text().splitlines()]
+        scored = [r["iteration"] for r in records if any("/AP" in key for key in r)]
+        assert scored == [6, 8]
+
+    def test_a_model_that_was_not_saved_last(self, run, out):
+        """An older one of the same name is not taken for it."""
+        assert run() == 0
+        first = (out / "model_final.pth").read_bytes()
+        assert run(flags=["--resume"], iterations=8) == 0
+        expected = model_of(out)
+        (out / "model_final.pth").write_bytes(first)
+        (out / "last_checkpoint").write_text("model_0000007.pth")
+        assert run(flags=["--resume"], iterations=8) == 0
+        assert same_weights(expected, model_of(out))
 
 
 class TestSignals:
@@ -210,17 +237,75 @@ class TestSignals:
         assert signal.getsignal(number) is before
 
     def test_leave_an_evaluation(self, run, out, monkeypatch, capsys):
-        process = LibraTrainer.build_evaluator
+        build, scored = LibraTrainer.build_evaluator, []
 
         def build_evaluator(cls, cfg, name, folder=None):
-            evaluator = process(cfg, name, folder)
+            evaluator = build(cfg, name, folder)
+
+            def process(inputs, outputs):
+                scored.append(inputs)
+                os.kill(os.getpid(), signal.SIGTERM)
+
             if cfg.OUTPUT_DIR == str(out):  # not in the rehearsal
-                evaluator.process = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+                evaluator.process = process
             return evaluator
 
         monkeypatch.setattr(LibraTrainer, "build_evaluator", classmethod(build_evaluator))
         assert run("TEST.EVAL_PERIOD", 3) == 143
+        assert len(scored) == 1 and (out / "model_0000002.pth").exists()
+
+    def test_before_an_evaluation(self, run, out, monkeypatch):
+        at_iteration(monkeypatch, 2, send(signal.SIGTERM))
+        monkeypatch.setattr(LibraTrainer, "test", None)
+        assert run("TEST.EVAL_PERIOD", 3) == 143
         assert (out / "model_0000002.pth").exists()
+
+    def test_before_the_first_step_replace_nothing(self, run, out, monkeypatch, capsys):
+        assert run(iterations=2) == 0
+        before = files(out)
+        build = LibraTrainer.build_train_loader
+
+        def build_train_loader(cls, cfg):
+            if cfg.OUTPUT_DIR == str(out):  # where the old run has been moved away
+                assert not (out / "last_checkpoint").exists()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return build(cfg)
+
+        monkeypatch.setattr(LibraTrainer, "build_train_loader", classmethod(build_train_loader))
+        assert run(flags=["--overwrite"]) == 143
+        assert "stopped by SIGTERM before the first step" in capsys.readouterr().err
+        assert files(out) == before
+
+    def test_after_a_step_keep_what_was_replaced(self, run, out, monkeypatch, capsys):
+        """Until the new run has a checkpoint that was due."""
+        assert run(iterations=2) == 0
+        before = model_of(out)
+        at_iteration(monkeypatch, 0, send(signal.SIGINT))
+        assert run("SOLVER.BASE_LR", 1e-3, flags=["--overwrite"]) == 130
+        assert f"is still in '{out}/old-1'" in capsys.readouterr().err
+        assert same_weights(before, model_of(out / "old-1"))
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_to_a_whole_group_of_processes(self, data, tmp_path, num_workers):
+        """As SLURM sends them: those that load images must not end before the run has saved."""
+        out = tmp_path / "out"
+        opts = toy_opts(*SMALL, "SOLVER.MAX_ITER", 100000, "DATALOADER.NUM_WORKERS", num_workers)
+        names = ["--train", data, "--val", data, "--output", str(out)]
+        command = [sys.executable, str(CONFIGS.parent / "train_net.py"), "--config-file"]
+        command += [str(CONFIGS / LIBRA), *names, *opts]
+        process = subprocess.Popen(
+            command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        log = out / "log.txt"
+        while process.poll() is None:
+            if log.exists() and "Starting training" in log.read_text():
+                break
+            time.sleep(0.1)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGTERM)
+        message = process.communicate()[1].decode()
+        assert process.returncode == 143, message
+        assert "Traceback" not in message and list(out.glob("model_*.pth"))
 
     def test_a_second_one_stops_at_once(self, run, monkeypatch, capsys):
         def twice(trainer):
@@ -270,16 +355,16 @@ class TestFolder:
         before = files(out)
 
         def fail(trainer):
-            assert model_of(out.with_name("out.old-1"))  # where it is meanwhile
+            assert model_of(out / "old-1")  # where it is meanwhile
             raise RuntimeError("a card fell off the bus")
 
         with monkeypatch.context() as context:
             at_iteration(context, 1, fail)
             with pytest.raises(RuntimeError):
                 run(flags=["--overwrite"])
-        assert files(out) == before and not out.with_name("out.old-1").exists()
+        assert files(out) == before and not (out / "old-1").exists()
         assert run(flags=["--overwrite"]) == 0
-        assert not out.with_name("out.old-1").exists()
+        assert not (out / "old-1").exists()
         assert (out / "model_best_mine.pth").read_text() == "mine"
         assert (out / "model_0000005.pth").exists()
 

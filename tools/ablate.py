@@ -28,16 +28,9 @@ import torch
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
 from libra_d2.checkpoint import write_whole
-from libra_d2.engine.ablation import (
-    Data,
-    Run,
-    check_unmixed,
-    find_detections,
-    list_runs,
-    read_plan,
-    run_all,
-)
-from libra_d2.engine.comparison import compare, make_table, plot, read_csv, write_csv
+from libra_d2.engine.ablation import find_detections, run_all
+from libra_d2.engine.comparison import compare, make_table, plot, read_results, write_csv
+from libra_d2.engine.plan import Data, Run, check_unmixed, list_runs, read_plan
 from libra_d2.engine.run import one_sentence_errors
 
 ONE_SEED = (
@@ -108,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         plan.opts = [*plan.opts, *args.opts]
         output, name = Path(args.output), Path(args.plan).stem
         folder = Path(args.runs) if args.runs else output / "runs" / name
-        known = {file: read_csv(file) for file in sorted(output.glob("*.csv"))}
+        known = {file: read_results(file) for file in sorted(output.glob("*.csv"))}
         runs = list_runs(plan, folder, [result for results in known.values() for result in results])
         csv_file = output / f"{name}.csv"
         earlier = known.get(csv_file, [])

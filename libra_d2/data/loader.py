@@ -6,8 +6,11 @@ number of workers, nor on what was loaded before.
 
 import contextlib
 import logging
+import os
 import random
+import signal
 import struct
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,6 +43,8 @@ _UNREADABLE = (
     Image.DecompressionBombError,
     struct.error,
 )
+
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 class LoadingError(ValueError):
@@ -172,6 +177,7 @@ class TrainLoader:
             batch_sampler=self.make_batches(self.start),
             num_workers=self.num_workers,
             collate_fn=list,
+            worker_init_fn=_obey_the_parent_alone,
             # Not from the numbers that training draws from.
             generator=torch.Generator().manual_seed(self.dataset.seed),
         )
@@ -187,15 +193,15 @@ class TrainLoader:
                 yield whole
 
     def _leave_out(self, image: _Unreadable) -> None:
-        if image.file_name not in self.bad_images:
-            self.bad_images[image.file_name] = image.reason
-            logging.getLogger(__name__).warning("%s; it is left out", image)
-        if len(self.bad_images) > self.max_bad_images:
-            number = len(self.bad_images)
+        if image.file_name in self.bad_images:
+            return
+        if len(self.bad_images) >= self.max_bad_images:
             raise LoadingError(
-                f"{image}; that is one more than DATALOADER.MAX_BAD_IMAGES "
-                f"{self.max_bad_images} allows ({number} in all)"
+                f"{image}; DATALOADER.MAX_BAD_IMAGES {self.max_bad_images} such images may be left "
+                "out"
             )
+        self.bad_images[image.file_name] = image.reason
+        logging.getLogger(__name__).warning("%s; it is left out", image)
 
 
 class TestLoader:
@@ -264,7 +270,22 @@ def build_test_loader(
         mapper: instead of detectron2's ``DatasetMapper``.
     """
     mapper = _Reader(mapper or DatasetMapper(cfg, False))
-    return TestLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    loader.worker_init_fn = _obey_the_parent_alone
+    return TestLoader(loader)
+
+
+def _obey_the_parent_alone(worker: int) -> None:
+    """Leaves signals that come to a whole group of processes to the one that trains."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def wait() -> None:
+        while True:
+            received = signal.sigwaitinfo(_SIGNALS)
+            if received.si_pid == os.getppid() and received.si_signo == signal.SIGTERM:
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
-"""Many trainings that are compared: a plan of rows and seeds, run, scored and set side by side."""
+"""The runs of a plan, trained and scored, several at a time."""
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import queue
@@ -12,188 +10,17 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
-import yaml
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from libra_d2.data.sources import is_source, open_source
-from libra_d2.data.splits import make_folds
 from libra_d2.metrics import read_metrics
 
-from .config_file import load_config
-from .own_data import take_from_data
+from .plan import ROOT, Run
 
-__all__ = ["Plan", "Run", "check_unmixed", "find_detections", "list_runs", "read_plan", "run_all"]
-
-ROOT = Path(__file__).resolve().parents[2]
-# What makes a run the same as another.
-_IDENTITY = ("code", "config", "data", "seed")
-
-
-class Row(msgspec.Struct, forbid_unknown_fields=True):
-    """What one row changes."""
-
-    config: str | None = None
-    opts: list[Any] = []
-    seeds: list[int] | None = None
-
-
-class Data(msgspec.Struct, forbid_unknown_fields=True):
-    """What is trained on and scored; or one data set in so many folds."""
-
-    train: str | None = None
-    test: str | None = None
-    all: str | None = None
-    folds: int = 0
-
-
-class Plan(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Rows to compare with a baseline, over seeds.
-
-    Args:
-        config: of the rows that name none, relative to this project.
-        rows: by name; the first is the baseline.
-        data: "train" and "test", or "all" and "folds".
-        seeds: of each row; with folds, each seed has a fold of its own.
-        opts: overrides for all rows.
-        metric: what is compared.
-    """
-
-    config: str
-    rows: dict[str, Row]
-    data: Data
-    seeds: list[int] = msgspec.field(default_factory=lambda: [1, 2, 3])
-    opts: list[Any] = []
-    metric: str = "bbox/AP"
-
-    @property
-    def baseline(self) -> str:
-        """The row that others are compared with."""
-        return next(iter(self.rows))
-
-
-def read_plan(path: str) -> Plan:
-    """Reads a plan.
-
-    Raises:
-        ValueError: naming what is wrong with it.
-    """
-    try:
-        plan = msgspec.convert(yaml.safe_load(Path(path).read_text()), Plan)
-    except FileNotFoundError:
-        raise ValueError(f"plan '{path}' does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"plan '{path}' is not valid yaml") from None
-    except msgspec.ValidationError as error:
-        raise ValueError(f"plan '{path}': {str(error).replace('`', '')}") from None
-    if not plan.rows or not plan.seeds:
-        raise ValueError(f"plan '{path}' must have rows and seeds")
-    return plan
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training and its score."""
-
-    row: str
-    seed: int
-    folder: Path
-    command: tuple[str, ...]
-    test: str
-    hashes: dict[str, str]
-    known: dict | None = None
-
-    @property
-    def file(self) -> Path:
-        """Its result, once it is finished here."""
-        return self.folder / "result.json"
-
-    def result(self) -> dict | None:
-        """Its result; None if it is not finished."""
-        return json.loads(self.file.read_text()) if self.file.is_file() else self.known
-
-
-def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]:
-    """All runs of a plan, seed by seed, so that pairs are complete early.
-
-    Args:
-        plan: what to run.
-        folder: where runs are kept.
-        known: results of this plan or others; a run of the same code, config, data and seed as one
-            of them is finished, whatever its row is called.
-
-    Raises:
-        ValueError: if a row's config or data are wrong; or if a result in the folder is of other
-            code, config or data.
-    """
-    seeds = sorted({seed for row in plan.rows.values() for seed in row.seeds or plan.seeds})
-    splits = _splits(plan.data, seeds, folder)
-    same = {tuple(result[key] for key in _IDENTITY): result for result in known}
-    code = hash_code()
-    data = {names: _hash(*map(_hash_data, names)) for names in set(splits.values())}
-    runs = []
-    for seed in seeds:
-        for name, row in plan.rows.items():
-            if seed not in (row.seeds or plan.seeds):
-                continue
-            train, test = splits[seed]
-            config = str(ROOT / (row.config or plan.config))
-            opts = [str(opt) for opt in (*plan.opts, *row.opts)]
-            place = folder / _safe(name) / f"seed{seed}"
-            arguments = ["DATASETS.TRAIN", str((train,)), "DATASETS.TEST", str((test,)), *opts]
-            try:
-                cfg = load_config(config, arguments, settle=take_from_data)
-            except ValueError as error:
-                raise ValueError(f"row '{name}': {error}") from None
-            content = cfg.clone()
-            content.defrost()
-            content.OUTPUT_DIR, content.SEED = "", 0
-            content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
-            hashes = {"code": code, "config": _hash(content.dump()), "data": data[train, test]}
-            command = ("--config-file", config, "--train", train, "--val", test)
-            command += ("--output", str(place), *opts, "SEED", str(seed))
-            result = same.get(tuple({**hashes, "seed": seed}[key] for key in _IDENTITY))
-            result = {**result, "row": name} if result else None
-            run = Run(name, seed, place, command, test, hashes, result)
-            if run.file.is_file():
-                check_unmixed([run.result()], [run], place)
-            runs.append(run)
-    return runs
-
-
-def check_unmixed(results: Sequence[dict], runs: Sequence[Run], where: Path) -> None:
-    """Checks that results can stand beside those of runs in one table.
-
-    Args:
-        results: of rows and seeds of the same plan.
-        runs: of that plan.
-        where: the results lie.
-
-    Raises:
-        ValueError: if one is of other code, of another config of its row, or of other data.
-    """
-    configs = {run.row: run.hashes["config"] for run in runs}
-    data = {run.seed: run.hashes["data"] for run in runs}
-    common = next(iter(data.values())) if len(set(data.values())) == 1 else None
-    for result in results:
-        row, seed = result["row"], result["seed"]
-        expected = {
-            "code": runs[0].hashes["code"],
-            "config": configs.get(row),
-            "data": data.get(seed, common),
-        }
-        other = [key for key, value in expected.items() if value not in (None, result[key])]
-        if other:
-            raise ValueError(
-                f"'{where}' holds a result of other {' and '.join(other)} (row '{row}', seed "
-                f"{seed}); results are never mixed: give another --output, or remove it"
-            )
+__all__ = ["find_detections", "run_all"]
 
 
 def find_detections(runs: Sequence[Run]) -> dict[tuple[str, int], tuple[Path, Path]]:
@@ -332,48 +159,3 @@ def _gpu_memory(run: Run) -> int:
     """The most that a run's log tells of a GPU's memory, MiB; 0 on a CPU."""
     log = (run.folder / "output.txt").read_text()
     return max(map(int, re.findall(r"max_mem: (\d+)M", log)), default=0)
-
-
-def hash_code() -> str:
-    """Of all that decides what a run computes: this package and the versions of others."""
-    files = sorted((ROOT / "libra_d2").rglob("*.py"))
-    packages = ("torch", "torchvision", "detectron2", "fvcore", "numpy", "opencv-python", "pillow")
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return _hash(*versions, *(file.read_text() for file in files))
-
-
-def _hash_data(name: str) -> str:
-    """Of a data set's annotations, and of the names and sizes of its images."""
-    if is_source(name):
-        source = open_source(name)
-        content, root = msgspec.json.encode(source.coco), source.image_root
-        files = [root / (image.file_name or "") for image in source.coco.images]
-    else:
-        records = DatasetCatalog.get(name)  # draws an embedded one
-        json_file = MetadataCatalog.get(name).get("json_file")
-        content = Path(json_file).read_bytes() if json_file else repr(records).encode()
-        files = [Path(record["file_name"]) for record in records]
-    sizes = [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
-    return _hash(content.decode("utf-8", "replace"), *sizes)
-
-
-def _splits(data: Data, seeds: Sequence[int], output: Path) -> dict[int, tuple[str, str]]:
-    """What each seed trains on and is scored on."""
-    if data.train and data.test and not data.all:
-        return dict.fromkeys(seeds, (data.train, data.test))
-    if not (data.all and data.folds > 1) or data.train or data.test:
-        raise ValueError("data must have train and test, or all and at least two folds")
-    folds = make_folds(open_source(data.all), data.folds, output / "folds")
-    return {seed: folds[i % data.folds] for i, seed in enumerate(seeds)}
-
-
-def _hash(*texts: str) -> str:
-    value = hashlib.sha256()
-    for text in texts:
-        value.update(text.encode())
-        value.update(b"\0")
-    return value.hexdigest()[:12]
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_.+" else "_" for c in name)

@@ -9,7 +9,7 @@ import numpy as np
 
 from libra_d2.statistics import Difference, bootstrap_images, paired_difference
 
-__all__ = ["Line", "compare", "make_table", "plot", "read_csv", "write_csv"]
+__all__ = ["Line", "compare", "make_table", "plot", "read_results", "write_csv"]
 
 # The first columns of a csv, and its last; between them are the metrics.
 _FIRST = ("row", "seed")
@@ -46,12 +46,13 @@ def write_csv(results: Sequence[dict], path: Path) -> None:
         writer.writerows(results)
 
 
-def read_csv(path: Path) -> list[dict]:
-    """Reads what :func:`write_csv` has written."""
+def read_results(path: Path) -> list[dict]:
+    """Reads what :func:`write_csv` has written; nothing of another csv."""
     with open(path, newline="", encoding="utf-8") as file:
         return [
             {key: _value(key, text) for key, text in record.items() if text}
             for record in csv.DictReader(file)
+            if {*_FIRST, *_LAST} <= record.keys()
         ]
 
 
@@ -67,7 +68,7 @@ def compare(
     """What results show, a line a row in their order.
 
     Args:
-        results: of runs, as :func:`read_csv` gives them.
+        results: of runs, as :func:`read_results` gives them.
         metric: what is compared, such as "bbox/AP".
         baseline: the row to compare with.
         detections: of (row, seed), the files of its detections and of the annotations they were

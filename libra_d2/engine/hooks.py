@@ -47,6 +47,8 @@ class Writer(hooks.PeriodicWriter):
             write()
         except OSError as error:
             logging.getLogger(__name__).warning("metrics cannot be written: %s", error)
+        except ZeroDivisionError:
+            pass  # detectron2's estimate of the time, of two lines of one iteration
 
 
 class Checkpoints(HookBase):
@@ -69,5 +71,8 @@ class Checkpoints(HookBase):
         if following % self.period == 0 or following == self.retry_at:
             is_saved = self.trainer.save_checkpoint()
             self.retry_at = -1 if is_saved else following + self.RETRY
+            if is_saved and self.trainer.on_periodic_checkpoint:
+                self.trainer.on_periodic_checkpoint()
+                self.trainer.on_periodic_checkpoint = None
         if following >= self.trainer.max_iter:
             self.trainer.save_final_checkpoint()

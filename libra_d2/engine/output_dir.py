@@ -1,18 +1,20 @@
 """The output folder of a run: what a run leaves there, who has it, how it is kept or replaced."""
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-
-from libra_d2.checkpoint import write_whole
-from libra_d2.metrics import read_metrics
+from typing import TextIO
 
 from .weights import find_checkpoint
 
@@ -21,8 +23,8 @@ __all__ = [
     "drop_metrics_from",
     "hold_output_dir",
     "holds_checkpoint",
-    "move_run",
-    "restore_run",
+    "is_restarted",
+    "replaced_run",
 ]
 
 # What a training run leaves in its output folder, by the path in it.
@@ -40,51 +42,91 @@ def holds_checkpoint(output: Path) -> bool:
     return any(_CHECKPOINT.fullmatch(file.name) for file in _run_files(output))
 
 
-def move_run(output: Path) -> Path | None:
-    """Moves what a training run has left out of its folder, to one beside it.
+@contextlib.contextmanager
+def replaced_run(
+    output: Path, resume: bool, overwrite: bool
+) -> Iterator[Callable[[], None] | None]:
+    """Moves a run aside that is to be replaced, and back if nothing comes of the new one.
 
-    Returns:
-        The new folder, ``OUTPUT_DIR.old-N``; None if there was nothing to move.
+    To be entered by who holds the folder.
+
+    Yields:
+        What removes the former run for good; None if there is none.
+
+    Raises:
+        ValueError: if there is a run that may not be replaced.
     """
+    _check_run(output, resume, overwrite)
+    place = _move_run(output) if overwrite else None
+    if not place:
+        yield None
+        return
+    print(f"the run that was in '{output}' is in '{place}' until this one has a checkpoint")
+    try:
+        yield partial(_remove, place)
+    finally:
+        if place.exists() and not holds_checkpoint(output):
+            _restore_run(place, output)
+        elif place.exists():
+            print(f"the run that was in '{output}' is still in '{place}'", file=sys.stderr)
+
+
+def _remove(place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    logging.getLogger(__name__).info("removed '%s', which this run has replaced", place)
+
+
+def _move_run(output: Path) -> Path | None:
+    """Moves what a training run has left to a folder inside: renames, on one file system."""
     files = _run_files(output)
     if not files:
         return None
     number = 1
-    while (place := output.with_name(f"{output.name}.old-{number}")).exists():
+    while (place := output / f"old-{number}").exists():
         number += 1
     for file in files:
-        target = place / file.relative_to(output)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Within one file system it is a mere renaming.
-        shutil.move(file, target)
+        _rename(file, place / file.relative_to(output))
     return place
 
 
-def restore_run(place: Path, output: Path) -> None:
-    """Moves a run back, in place of one that came to nothing."""
+def _restore_run(place: Path, output: Path) -> None:
     for file in _run_files(output):
         file.unlink()
     for file in _run_files(place):
-        target = output / file.relative_to(place)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(file, target)
+        _rename(file, output / file.relative_to(place))
     shutil.rmtree(place, ignore_errors=True)
 
 
-def drop_metrics_from(output: Path, iteration: int) -> None:
+def _rename(file: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(target)
+
+
+def drop_metrics_from(output: Path, iteration: int, *, keep_score: bool = False) -> None:
     """Drops lines of ``metrics.json`` that a resumed run will write anew, or that were cut off.
 
     Args:
-        output: the folder of a run.
+        output: the folder of a run, which may have the file open to append to it.
         iteration: the first that will be trained again.
+        keep_score: whether to keep the last evaluation of a run that is extended, which bears the
+            number of the iteration after its last.
     """
     file = output / "metrics.json"
     if not file.is_file():
         return
-    kept = [record for record in read_metrics(file) if record["iteration"] < iteration]
-    text = "".join(f"{json.dumps(record, sort_keys=True)}\n" for record in kept)
-    if file.read_text(errors="replace") != text:
-        write_whole(str(file), lambda beside: Path(beside).write_text(text))
+    end = 0
+    for line in file.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            is_score = record["iteration"] == iteration and "total_loss" not in record
+            if record["iteration"] >= iteration and not (is_score and keep_score):
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        if not line.endswith(b"\n"):
+            break
+        end += len(line)
+    os.truncate(file, end)
 
 
 @contextlib.contextmanager
@@ -94,24 +136,49 @@ def hold_output_dir(output: Path) -> Iterator[None]:
     Raises:
         ValueError: if another run has it, or it can't be written to.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with open(output / _LOCK, "a+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(_held(output, file.name)) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(output / _LOCK, "a+"))
+            _lock(file, output)
             file.truncate(0)
-            json.dump({"process": os.getpid(), "host": socket.gethostname()}, file)
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "job": _job()}
+            json.dump(holder, file)
             file.flush()
-            try:
-                yield
-            finally:
-                file.truncate(0)
+        except OSError as error:
+            raise ValueError(
+                f"OUTPUT_DIR '{output}' cannot be written to: {error.strerror or error}"
+            ) from error
+        yield
+
+
+def _lock(file: TextIO, output: Path) -> None:
+    """Locks a file until it is closed; raises ``ValueError`` if another process has."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError(
-            f"OUTPUT_DIR '{output}' cannot be written to: {error.strerror or error}"
-        ) from error
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ValueError(_held(output, file.name)) from None
+        logging.getLogger(__name__).warning(
+            "OUTPUT_DIR '%s' cannot be locked (%s): start no other run there",
+            output,
+            error.strerror,
+        )
+
+
+def _job() -> str:
+    """What all starts by one torchrun share."""
+    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.environ.get('MASTER_PORT', '')}"
+
+
+def is_restarted(output: Path) -> bool:
+    """Whether torchrun has started this process anew, after its run had taken the folder."""
+    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return False
+    try:
+        return json.loads((output / _LOCK).read_text())["job"] == _job()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _held(output: Path, lock: str) -> str:
@@ -156,8 +223,8 @@ def check_output_dir(
     if not training:
         return
     if (output / _LOCK).is_file():
-        with hold_output_dir(output):
-            pass
+        with open(output / _LOCK, "a+") as file:
+            _lock(file, output)
     if overwrite:
         lost = {file.resolve() for file in _run_files(output)}
         for path in filter(None, inputs):
@@ -166,7 +233,12 @@ def check_output_dir(
                     f"--overwrite would remove '{path}', which this run reads; copy it elsewhere "
                     "or give another OUTPUT_DIR"
                 )
-    elif holds_checkpoint(output):
+    _check_run(output, resume, overwrite)
+
+
+def _check_run(output: Path, resume: bool, overwrite: bool) -> None:
+    """Raises ``ValueError`` if there is a run that can neither be resumed nor replaced."""
+    if holds_checkpoint(output) and not overwrite:
         way_out = "--overwrite to replace it, or another OUTPUT_DIR"
         if not resume:
             raise ValueError(

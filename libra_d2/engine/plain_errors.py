@@ -3,12 +3,11 @@
 import contextlib
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from detectron2.config import CfgNode
 
 from libra_d2.config import list_keys
-
-from .stopping import StoppedError
 
 __all__ = ["plain_errors"]
 
@@ -24,6 +23,7 @@ _PARTS = {
     "run_step": "a step of training fails",
     "process": "what the model finds cannot be scored",
 }
+_PACKAGE = Path(__file__).resolve().parents[1]
 _LONGEST = 300  # characters of a message of others
 
 
@@ -36,8 +36,6 @@ def plain_errors(cfg: CfgNode) -> Iterator[None]:
     """
     try:
         yield
-    except StoppedError as error:
-        raise ValueError(error.sentence) from error
     except Exception as error:
         if isinstance(error, ValueError) and _is_ours(error):
             raise
@@ -47,7 +45,7 @@ def plain_errors(cfg: CfgNode) -> Iterator[None]:
 def _is_ours(error: Exception) -> bool:
     """Whether code of this project has raised it, and so has said what is to be said."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "libra_d2" in frames[-1].filename
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
 
 
 def _sentence(error: Exception, cfg: CfgNode) -> str:

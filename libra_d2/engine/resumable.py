@@ -1,5 +1,6 @@
 """detectron2's default trainer, which can be stopped and goes on as if it had not been."""
 
+import errno
 import logging
 import signal
 import time
@@ -26,6 +27,9 @@ from .weights import find_checkpoint, has_final_checkpoint
 
 __all__ = ["ResumableTrainer"]
 
+# Errors of disks, and of what one may have of them.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class ResumableTrainer(DefaultTrainer):
     """Saves all that decides how training goes on, and ends a run with a sentence, not a traceback.
@@ -33,8 +37,8 @@ class ResumableTrainer(DefaultTrainer):
     A subclass's constructor makes the parts of detectron2's.
     """
 
-    # What is called once there is a checkpoint.
-    on_first_checkpoint: Callable[[], None] | None = None
+    # What is called once, when the first checkpoint that was due is saved.
+    on_periodic_checkpoint: Callable[[], None] | None = None
     _resumed: dict | None = None
 
     def build_hooks(self) -> list[HookBase]:
@@ -72,7 +76,8 @@ class ResumableTrainer(DefaultTrainer):
 
         A run resumed with as many processes goes on exactly as it would have.
         """
-        last = self.checkpointer.get_checkpoint_file() if resume else ""
+        # That which the first process sees: file systems may show others another.
+        last = comm.all_gather(self.checkpointer.get_checkpoint_file() if resume else "")[0]
         if not last:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
             return
@@ -122,7 +127,8 @@ class ResumableTrainer(DefaultTrainer):
         if comm.is_main_process():
             try:
                 name = name or f"model_{self.iter:07d}"
-                self.checkpointer.save(name, iteration=self.iter, processes=states)
+                extra = {"iteration": self.iter, "seed": self.cfg.SEED, "processes": states}
+                self.checkpointer.save(name, **extra)
             except NonFiniteError as error:
                 problem, is_final = f"after iteration {self.iter} {error}; they are not saved", True
             except ValueError as error:
@@ -133,9 +139,6 @@ class ResumableTrainer(DefaultTrainer):
         if problem:
             logging.getLogger(__name__).warning("%s; it will be tried again", problem)
             return False
-        if self.on_first_checkpoint:
-            self.on_first_checkpoint()
-            self.on_first_checkpoint = None
         return True
 
     def save_final_checkpoint(self, waits: Sequence[float] = (0, 5, 15)) -> None:
@@ -157,9 +160,10 @@ class ResumableTrainer(DefaultTrainer):
             StoppedError: if it ended before its time.
         """
         with self.signals:
-            is_trained = 0 < self.start_iter >= self.max_iter
-            is_saved = comm.all_gather(has_final_checkpoint(Path(self.cfg.OUTPUT_DIR)))[0]
-            if is_trained and not is_saved:
+            self.signals.at_once = False
+            is_trained, output = 0 < self.start_iter >= self.max_iter, Path(self.cfg.OUTPUT_DIR)
+            is_saved = is_trained and has_final_checkpoint(output, self.start_iter - 1)
+            if is_trained and not comm.all_gather(is_saved)[0]:
                 self.iter = self.start_iter - 1
                 self.save_final_checkpoint()
             return super().train()
@@ -177,6 +181,9 @@ class ResumableTrainer(DefaultTrainer):
     def after_step(self) -> None:
         """The parent's; then ends the run if a signal has come to any process."""
         super().after_step()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
         received = max(comm.all_gather(self.signals.received))
         if received and self.iter + 1 < self.max_iter:
             self._stop_by_signal(received)
@@ -198,8 +205,10 @@ class ResumableTrainer(DefaultTrainer):
         return f"The last checkpoint is '{last}'; go on with:\n  {how_to_resume()}"
 
     def _evaluate(self) -> dict:
+        self._stop_if_asked()
         # Nothing is lost where a single process leaves an evaluation: its step is finished.
         self.signals.at_once = comm.get_world_size() == 1
+        self._last_eval_results = {}
         try:
             self._last_eval_results = self.test(self.cfg, self.model)
         except StoppedError:
@@ -208,6 +217,10 @@ class ResumableTrainer(DefaultTrainer):
             if comm.get_world_size() > 1:  # the others don't know, and would not save with this one
                 raise StoppedError(f"{error}. {self._last()}") from error
             self._stop(str(error), 2)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            logging.getLogger(__name__).warning("this evaluation cannot be written: %s", error)
         finally:
             self.signals.at_once = False
         return self._last_eval_results

@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import logging
-import os
-import shutil
 import sys
 import time
 import traceback
@@ -20,19 +18,26 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
+from libra_d2.checkpoint import read_weights
 from libra_d2.data.sources import FORMS
 from libra_d2.quiet import silence_known_warnings
 
 from .checks import check_run
 from .config_file import load_config
 from .launch import check_processes, count_processes, is_main_process, launch
-from .output_dir import drop_metrics_from, hold_output_dir, holds_checkpoint, move_run, restore_run
+from .output_dir import (
+    drop_metrics_from,
+    hold_output_dir,
+    holds_checkpoint,
+    is_restarted,
+    replaced_run,
+)
 from .own_data import register_data, take_from_data
 from .plain_errors import plain_errors
 from .rehearsal import rehearse
-from .stopping import StoppedError
+from .stopping import Signals, StoppedError
 from .trainer import LibraTrainer
-from .weights import WeightsCheckpointer
+from .weights import WeightsCheckpointer, find_checkpoint
 
 __all__ = ["main", "make_parser", "one_sentence_errors"]
 
@@ -81,9 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        # torchrun has started the job's processes anew, for them to go on.
-        args.resume, args.overwrite = True, False
     with one_sentence_errors(parser.prog, args.debug):
         if not args.config_file:
             raise ValueError("give a config with --config-file")
@@ -97,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         settle = partial(take_from_data, eval_only=args.eval_only, opts=opts)
         cfg = load_config(args.config_file, opts, settle=settle)
         check_processes(args, cfg.MODEL.DEVICE)
+        if not args.eval_only and is_restarted(Path(cfg.OUTPUT_DIR)):
+            args.resume, args.overwrite = True, False
         if is_main_process():
             check_run(
                 cfg,
@@ -157,43 +161,32 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     evaluators = [LibraTrainer.build_evaluator(cfg, n, str(folder)) for n in cfg.DATASETS.TEST]
     results = LibraTrainer.test(cfg, model, evaluators)
     if cfg.TEST.AUG.ENABLED:
-        results.update(LibraTrainer.test_with_augmentation(cfg, model))
+        results.update(LibraTrainer.test_with_augmentation(cfg, model, str(folder)))
     if comm.is_main_process():
         verify_results(cfg, results)
 
 
 def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if comm.is_main_process():
-        print("rehearsing one step; nothing is written before it has worked", flush=True)
-    start = rehearse(cfg, args.resume)
-    output = Path(cfg.OUTPUT_DIR)
-    with hold_output_dir(output) if comm.is_main_process() else contextlib.nullcontext():
-        replaced = None
-        if comm.is_main_process():
-            replaced = None if start or args.resume else move_run(output)
-            drop_metrics_from(output, start)
-        comm.synchronize()
-        _setup(cfg, args, output)
-        trainer = LibraTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        if replaced:
-            log = logging.getLogger("libra_d2")
-            log.info(
-                "the run that was in '%s' is now in '%s', until the first checkpoint of this one",
-                output,
-                replaced,
-            )
-            trainer.on_first_checkpoint = partial(_remove, replaced)
-        try:
+    output, is_main = Path(cfg.OUTPUT_DIR), comm.is_main_process()
+    alone = contextlib.nullcontext
+    with Signals() as signals:
+        signals.at_once = True  # until there is something to save
+        if is_main:
+            print("rehearsing one step; nothing is written before it has worked", flush=True)
+        rehearse(cfg, args.resume)
+        with (
+            hold_output_dir(output) if is_main else alone(),
+            replaced_run(output, args.resume, args.overwrite) if is_main else alone() as remove,
+        ):
+            comm.synchronize()
+            _setup(cfg, args, output)
+            trainer = LibraTrainer(cfg)
+            trainer.signals, trainer.on_periodic_checkpoint = signals, remove
+            trainer.resume_or_load(resume=args.resume)
+            if is_main:
+                is_extended = trainer.start_iter < trainer.max_iter
+                drop_metrics_from(output, trainer.start_iter, keep_score=is_extended)
             trainer.train()
-        finally:
-            if replaced and not holds_checkpoint(output):
-                restore_run(replaced, output)
-
-
-def _remove(replaced: Path) -> None:
-    shutil.rmtree(replaced, ignore_errors=True)
-    logging.getLogger("libra_d2").info("removed '%s', which this run has replaced", replaced)
 
 
 def _with_seed(cfg: CfgNode, resume: bool) -> CfgNode:
@@ -202,11 +195,9 @@ def _with_seed(cfg: CfgNode, resume: bool) -> CfgNode:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
-    before = Path(cfg.OUTPUT_DIR) / "config.yaml"
-    if resume and before.is_file():
-        cfg.SEED = CfgNode.load_yaml_with_base(str(before)).get("SEED", -1)
-    if cfg.SEED < 0:
-        cfg.SEED = comm.shared_random_seed()
+    checkpoint = find_checkpoint(Path(cfg.OUTPUT_DIR)) if resume else ""
+    drawn = comm.shared_random_seed() % 2**31
+    cfg.SEED = read_weights(checkpoint).get("seed", drawn) if checkpoint else drawn
     cfg.freeze()
     return cfg
 

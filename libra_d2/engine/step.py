@@ -80,7 +80,7 @@ class CheckedTrainer(SimpleTrainer):
             problem = str(error)
         problems = comm.all_gather(problem)
         if any(problems):
-            if not problem:
+            if not problem and hasattr(self.data_loader, "take_back"):
                 self.data_loader.take_back()
             raise LoadingError(next(filter(None, problems)))
         return batch
@@ -99,18 +99,21 @@ class CheckedTrainer(SimpleTrainer):
         return dict(zip(losses, numbers, strict=False)), is_finite
 
     def _leave_out(self, batch: list[dict], numbers: dict[str, float]) -> None:
+        """Drops a step that is not finite in some process; or raises ``NonFiniteError``."""
         self.optimizer.zero_grad()
         self.num_skipped += 1
         images = ", ".join(str(image.get("file_name", "?")) for image in batch)
         shown = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        what = (
-            f"losses or gradients are not finite in iteration {self.iter} ({shown}), on the images "
-            f"{images}"
-        )
-        model = self.model
-        broken = [n for n, b in model.named_buffers() if not bool(torch.isfinite(b).all())]
+        buffers = self.model.named_buffers()
+        broken = next((n for n, b in buffers if not bool(torch.isfinite(b).all())), "")
+        is_bad = not all(map(math.isfinite, numbers.values()))
+        told = comm.all_gather((is_bad, f"({shown}), on the images {images}", broken))
+        # Where only gradients are not finite, they are so in all processes.
+        bad = [text for is_bad, text, _ in told if is_bad] or [text for _, text, _ in told]
+        broken = next(filter(None, (name for *_, name in told)), "")
+        what = f"losses or gradients are not finite in iteration {self.iter} {'; '.join(bad)}"
         if self.num_skipped > self.max_skipped or broken:
-            why = f", which also broke {broken[0]}" if broken and self.max_skipped else ""
+            why = f", which also broke {broken}" if broken and self.max_skipped else ""
             raise NonFiniteError(
                 f"{what}{why}; no weight was changed by it. A lower SOLVER.BASE_LR, a longer "
                 "SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS may help; SOLVER.MAX_SKIPPED "

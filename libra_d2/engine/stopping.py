@@ -49,17 +49,21 @@ class Signals:
     def __init__(self):
         self.received = 0
         self.at_once = False  # whether to raise what came, where nothing can be lost
-        self._before = {}
+        self._before, self._depth = {}, 0
         self._process = os.getpid()
         self._when = 0.0
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._receive) for number in STATUSES}
+        if not self._depth:
+            self._before = {number: signal.signal(number, self._receive) for number in STATUSES}
+        self._depth += 1
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._depth -= 1
+        if not self._depth:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -71,11 +75,14 @@ class Signals:
             return
         self.received, self._when = number, time.monotonic()
         if self.at_once:
-            raise StoppedError(signal.Signals(number).name, STATUSES[number])
+            name = signal.Signals(number).name
+            raise StoppedError(f"stopped by {name} before the first step", STATUSES[number])
 
 
 def how_to_resume() -> str:
     """The command line of this process, made to go on with its run."""
     arguments = [a for a in sys.argv[1:] if a not in ("--overwrite", "--resume")]
-    # Before the overrides, which come last.
-    return shlex.join(["python", sys.argv[0], "--resume", *arguments])
+    program = [sys.argv[0], "--resume", *arguments]  # before the overrides, which come last
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun ... {shlex.join(program)}"
+    return shlex.join(["python", *program])

@@ -172,9 +172,11 @@ class LibraTrainer(ResumableTrainer):
         return results
 
     @classmethod
-    def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> dict:
+    def test_with_augmentation(
+        cls, cfg: CfgNode, model: nn.Module, output_folder: str | None = None
+    ) -> dict:
         """Evaluates with test-time augmentation, ``TEST.AUG``; names of results end in ``_TTA``."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        folder = f"{output_folder or os.path.join(cfg.OUTPUT_DIR, 'inference')}_TTA"
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": values for name, values in results.items()}

@@ -172,9 +172,10 @@ def find_checkpoint(folder: Path) -> str:
     return ""
 
 
-def has_final_checkpoint(folder: Path) -> bool:
-    """Whether a run's trained model is there, whole."""
-    return _is_whole(folder / "model_final.pth")
+def has_final_checkpoint(folder: Path, iteration: int) -> bool:
+    """Whether a run's trained model is there, whole, and of its last iteration."""
+    file = folder / "model_final.pth"
+    return _is_whole(file) and read_weights(str(file)).get("iteration") == iteration
 
 
 def _is_whole(file: Path) -> bool:

@@ -1,0 +1,32 @@
+"""What docs/results.md says is what the runs in docs/results/ show."""
+
+import re
+
+import pytest
+from toys import CONFIGS
+
+from libra_d2.engine.comparison import compare, make_table, read_results
+
+DOCS = CONFIGS.parent / "docs"
+TABLES = sorted((DOCS / "results").rglob("*.csv"))
+TEXT = (DOCS / "results.md").read_text()
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda f: f.stem)
+def test_tables_are_those_of_the_runs(file):
+    results = read_results(file)
+    assert len({r["code"] for r in results}) == 1  # nothing is mixed
+    lines = compare(results, "bbox/AP", results[0]["row"])
+    table = make_table(lines, "bbox/AP")
+    assert file.with_suffix(".md").read_text() == table
+    assert table in TEXT
+
+
+def test_sentences_are_those_of_the_runs():
+    """A difference in the text, [row](results/TABLE.csv): +1.0, is that of the table."""
+    said = re.findall(r"\[([^\]]+)\]\((results/[\w/]+\.csv)\): ([+-]\d+\.\d)", TEXT)
+    for row, file, difference in said:
+        results = read_results(DOCS / file)
+        lines = {line.row: line for line in compare(results, "bbox/AP", results[0]["row"])}
+        assert f"{lines[row].difference.mean:+.1f}" == difference, row
+    assert said
