@@ -105,6 +105,12 @@ class TestBadImages:
         assert list(loader.state_dict()["bad_images"]) == [f"{folder}/images/000003.jpg"]
         assert caplog.text.count("it is left out") == 1
 
+    def test_all_of_them(self, folder):
+        for image in (folder / "images").iterdir():
+            image.unlink()
+        with pytest.raises(LoadingError, match="none is left"):
+            take(build_train_loader(config("DATALOADER.MAX_BAD_IMAGES", 99)), 9)
+
     def test_an_evaluation_leaves_none_out(self, folder):
         (folder / "images" / "000003.jpg").write_bytes(b"no image")
         with pytest.raises(LoadingError, match=r"000003\.jpg' cannot be read"):

@@ -22,6 +22,7 @@ from formats import make_coco
 from toys import CONFIGS, SMALL, SMALL_RETINANET, toy_opts
 
 from libra_d2.engine import LibraTrainer, main, weights
+from libra_d2.engine import run as run_module
 from libra_d2.engine.stopping import REQUEUE_STATUS
 
 LIBRA, RETINANET = "Base-Libra-RCNN-FPN.yaml", "Base-Libra-RetinaNet.yaml"
@@ -336,6 +337,35 @@ class TestFolder:
             holder.wait()
         assert run() == 0  # a lock whose holder was killed is none
 
+    def test_whose_lock_is_a_link(self, run, out, tmp_path, capsys):
+        (tmp_path / "victim").write_text("mine")
+        out.mkdir()
+        (out / ".lock").symlink_to(tmp_path / "victim")
+        assert run() == 2
+        assert (tmp_path / "victim").read_text() == "mine"
+
+    def test_of_a_run_that_began_meanwhile(self, run, out, monkeypatch, capsys):
+        """While this one rehearsed: the check is made again by who holds the folder."""
+        rehearse = run_module.rehearse
+
+        def rehearse_slowly(cfg, resume):
+            with monkeypatch.context() as context:
+                context.setattr(run_module, "rehearse", rehearse)
+                assert run(iterations=2) == 0
+            return rehearse(cfg, resume)
+
+        monkeypatch.setattr(run_module, "rehearse", rehearse_slowly)
+        assert run() == 2
+        assert "holds a training run" in capsys.readouterr().err
+        assert (out / "model_0000001.pth").exists() and not (out / "model_0000005.pth").exists()
+
+    def test_leftovers_of_a_kill_are_removed(self, run, out):
+        out.mkdir()
+        (out / "model_0000001.pth.partial").write_text("half")
+        (out / "mine.partial").write_text("mine")
+        assert run() == 0
+        assert [f.name for f in out.glob("*.partial")] == ["mine.partial"]
+
     def test_a_start_that_fails_leaves_nothing(self, run, out):
         assert run("SOLVER.BASE_LR", 1e30) == 2
         assert not out.exists()
@@ -449,6 +479,17 @@ class TestNumbers:
         assert run() == 2
         message = capsys.readouterr().err
         for part in ("iteration 3 (loss_cls nan", ".jpg", "model_0000001.pth'", "no weight was"):
+            assert part in message
+
+    def test_boxes_that_are_not_finite(self, run, out, monkeypatch, capsys):
+        def break_boxes(trainer):
+            with torch.no_grad():
+                trainer.model.proposal_generator.rpn_head.anchor_deltas.bias[0] = float("nan")
+
+        at_iteration(monkeypatch, 3, break_boxes)
+        assert run() == 2
+        message = capsys.readouterr().err
+        for part in ("Inf/NaN", "In iteration 3", ".jpg", "model_0000001.pth'"):
             assert part in message
 
     def test_some_steps_may_be_left_out(self, run, out, monkeypatch, caplog):

@@ -153,6 +153,7 @@ class TrainLoader:
         )
         self.dataset = _Images(DatasetFromList(list(records), copy=False), mapper, seed)
         self.make_batches = lambda start: _Batches(sampler, batch_size, wide, start)
+        self.batch_size = batch_size
         self.num_workers, self.max_bad_images = num_workers, max_bad_images
         self.start = 0
         self.position = self._before = 0
@@ -181,6 +182,7 @@ class TrainLoader:
             # Not from the numbers that training draws from.
             generator=torch.Generator().manual_seed(self.dataset.seed),
         )
+        num_empty, most_empty = 0, len(self.dataset) // self.batch_size + 1
         for position, batch in enumerate(_tell_of_workers(loader), self.start + 1):
             whole = []
             for image in batch:
@@ -188,6 +190,9 @@ class TrainLoader:
                     self._leave_out(image)
                 elif image is not None:
                     whole.append(image)
+            num_empty = 0 if whole else num_empty + 1
+            if num_empty > most_empty:
+                raise LoadingError("of all images none is left that could be read")
             if whole:
                 self._before, self.position = self.position, position
                 yield whole

@@ -104,7 +104,7 @@ def find_image_problems(coco: Coco, root: Path, allow_outside: bool = True) -> l
     """
     for image in coco.images if not allow_outside else ():
         place = os.path.relpath(os.path.join(root, _name(image)), root)
-        if place.startswith(os.pardir):
+        if Path(place).parts[0] == os.pardir:
             return [
                 Problem(
                     f"names image '{_name(image)}', which is not in '{root}'; "

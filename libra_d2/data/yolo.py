@@ -2,6 +2,7 @@
 
 import math
 import os
+import reprlib
 from collections import Counter
 from pathlib import Path
 
@@ -98,8 +99,8 @@ def _read_yaml(file: Path) -> tuple[dict, list[str]]:
     for name in names:
         if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == "":
             raise ValueError(
-                f"{file} has {name!r} among its names; they must be text, and such as yes, no and "
-                "null in quotation marks"
+                f"{file} has {reprlib.repr(name)} among its names; they must be text, and such as "
+                "yes, no and null in quotation marks"
             )
     names = [str(name) for name in names]
     if len(set(names)) < len(names):

@@ -83,6 +83,8 @@ def check_run(
         check_weights(checkpoint, model, "the last checkpoint", all_of_them=True)
         check_classes_of(checkpoint, cfg.DATASETS.CLASS_NAMES, "the last checkpoint")
     else:
+        if eval_only and not cfg.DATASETS.TEST:
+            raise ValueError("DATASETS.TEST is empty; name a data set to evaluate on with --val")
         if eval_only and not cfg.MODEL.WEIGHTS:
             raise ValueError("MODEL.WEIGHTS is empty; name the checkpoint to evaluate")
         check_weights(cfg.MODEL.WEIGHTS, model, "MODEL.WEIGHTS")

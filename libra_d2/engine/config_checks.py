@@ -44,13 +44,8 @@ _CHOICES = {
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
-    "DATALOADER.SAMPLER_TRAIN": (
-        "TrainingSampler",
-        "RepeatFactorTrainingSampler",
-        "RandomSubsetTrainingSampler",
-        "WeightedTrainingSampler",
-        "WeightedCategoryTrainingSampler",
-    ),
+    # detectron2's others need keys that its config has not.
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
     "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
 }
 _MOST = 10**9

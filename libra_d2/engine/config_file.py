@@ -16,7 +16,7 @@ from .arithmetic import ZooConfig
 from .config_checks import check_config
 from .launch import AUTO, settle_device
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "tell_changes"]
 
 
 def load_config(
@@ -114,3 +114,29 @@ def _article(value: Any) -> str:
     """What kind of value this is, for a sentence."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name} such as {value!r}"
+
+
+def tell_changes(output: Path, cfg: CfgNode) -> None:
+    """Tells of values that are not those of the run in a folder, which is resumed."""
+    try:
+        former = dict(list_keys(CfgNode(yaml.safe_load((output / "config.yaml").read_text()))))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+        return
+    changes = [
+        f"{key} {former[key]} -> {value}"
+        for key, value in list_keys(cfg)
+        if key in former
+        and not isinstance(value, CfgNode)
+        and _plain(value) != _plain(former[key])
+        # The first is where it lies, the others are not read again.
+        and key not in ("OUTPUT_DIR", "MODEL.WEIGHTS", "SEED")
+    ]
+    if changes:
+        print(
+            f"resuming with other values: {'; '.join(changes)}. Rates and decays of the optimizer "
+            "stay those of the checkpoint."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value

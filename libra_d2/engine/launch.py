@@ -132,10 +132,11 @@ def _as_parent() -> Iterator[None]:
     Raises:
         StoppedError: if one was killed.
     """
-    parent = os.getpid()
+    parent, received = os.getpid(), []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         if os.getpid() == parent:
+            received.append(number)
             for child in multiprocessing.active_children():
                 os.kill(child.pid, number)
 
@@ -143,6 +144,9 @@ def _as_parent() -> Iterator[None]:
     try:
         yield
     except ProcessExitedException as error:
+        if error.signal_name and received:
+            name = signal.Signals(received[0]).name
+            raise StoppedError(f"stopped by {name}", STATUSES[received[0]]) from None
         if error.signal_name:
             what = f"process {error.error_index} of the run was ended by {error.signal_name}"
             raise StoppedError(f"{what}; go on with:\n  {how_to_resume()}", 1) from None

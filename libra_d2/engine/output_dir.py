@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
@@ -22,7 +23,7 @@ __all__ = [
     "check_output_dir",
     "drop_metrics_from",
     "hold_output_dir",
-    "holds_checkpoint",
+    "is_of_a_run",
     "is_restarted",
     "replaced_run",
 ]
@@ -57,18 +58,35 @@ def replaced_run(
         ValueError: if there is a run that may not be replaced.
     """
     _check_run(output, resume, overwrite)
-    place = _move_run(output) if overwrite else None
-    if not place:
+    for file in output.glob("*.partial"):  # of a run that was killed while it wrote
+        if _RUN_FILES.fullmatch(file.stem):
+            file.unlink()
+    files = _run_files(output) if overwrite else []
+    if not files:
         yield None
         return
+    place = next(p for i in count(1) if not (p := output / f"old-{i}").exists())
+    try:
+        for file in files:
+            _rename(file, place / file.relative_to(output))
+    except BaseException:
+        _put_back(place, output)
+        raise
     print(f"the run that was in '{output}' is in '{place}' until this one has a checkpoint")
     try:
         yield partial(_remove, place)
     finally:
         if place.exists() and not holds_checkpoint(output):
-            _restore_run(place, output)
+            for file in _run_files(output):
+                file.unlink()
+            _put_back(place, output)
         elif place.exists():
             print(f"the run that was in '{output}' is still in '{place}'", file=sys.stderr)
+
+
+def is_of_a_run(output: Path) -> bool:
+    """Whether a training has, or had, this folder."""
+    return (output / _LOCK).exists() or holds_checkpoint(output)
 
 
 def _remove(place: Path) -> None:
@@ -76,22 +94,7 @@ def _remove(place: Path) -> None:
     logging.getLogger(__name__).info("removed '%s', which this run has replaced", place)
 
 
-def _move_run(output: Path) -> Path | None:
-    """Moves what a training run has left to a folder inside: renames, on one file system."""
-    files = _run_files(output)
-    if not files:
-        return None
-    number = 1
-    while (place := output / f"old-{number}").exists():
-        number += 1
-    for file in files:
-        _rename(file, place / file.relative_to(output))
-    return place
-
-
-def _restore_run(place: Path, output: Path) -> None:
-    for file in _run_files(output):
-        file.unlink()
+def _put_back(place: Path, output: Path) -> None:
     for file in _run_files(place):
         _rename(file, output / file.relative_to(place))
     shutil.rmtree(place, ignore_errors=True)
@@ -116,15 +119,13 @@ def drop_metrics_from(output: Path, iteration: int, *, keep_score: bool = False)
         return
     end = 0
     for line in file.read_bytes().splitlines(keepends=True):
-        try:
+        if not line.endswith(b"\n"):
+            break
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # what is none is left alone
             record = json.loads(line)
             is_score = record["iteration"] == iteration and "total_loss" not in record
             if record["iteration"] >= iteration and not (is_score and keep_score):
                 break
-        except (ValueError, TypeError, KeyError):
-            break
-        if not line.endswith(b"\n"):
-            break
         end += len(line)
     os.truncate(file, end)
 
@@ -139,7 +140,9 @@ def hold_output_dir(output: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(output / _LOCK, "a+"))
+            # No link, whose target would be written to.
+            descriptor = os.open(output / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            file = stack.enter_context(os.fdopen(descriptor, "r+"))
             _lock(file, output)
             file.truncate(0)
             holder = {"process": os.getpid(), "host": socket.gethostname(), "job": _job()}
@@ -158,7 +161,7 @@ def _lock(file: TextIO, output: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ValueError(_held(output, file.name)) from None
+            raise ValueError(_held(output)) from None
         logging.getLogger(__name__).warning(
             "OUTPUT_DIR '%s' cannot be locked (%s): start no other run there",
             output,
@@ -181,9 +184,9 @@ def is_restarted(output: Path) -> bool:
         return False
 
 
-def _held(output: Path, lock: str) -> str:
+def _held(output: Path) -> str:
     try:
-        holder = json.loads(Path(lock).read_text())
+        holder = json.loads((output / _LOCK).read_text())
         who = f"process {holder['process']} on {holder['host']}"
     except (OSError, ValueError, KeyError):
         who = "another process"
@@ -213,6 +216,8 @@ def check_output_dir(
         existing = existing.parent
     if not existing.is_dir() or str(output) in ("", "."):
         raise ValueError(f"OUTPUT_DIR must be a folder of its own, got '{output}'")
+    if {"?", "#"} & {*str(output)}:
+        raise ValueError(f"OUTPUT_DIR must have no ? and no #, as in addresses, got '{output}'")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     try:

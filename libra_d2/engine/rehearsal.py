@@ -41,6 +41,7 @@ def rehearse(cfg: CfgNode, resume: bool = False) -> int:
         trainer = LibraTrainer(trial)
         trainer.checkpointer.save_dir = cfg.OUTPUT_DIR  # to read from
         trainer.resume_or_load(resume)
+        trainer.restore_numbers()
         start = trainer.start_iter
         if start < trainer.max_iter:
             _step(trainer, cfg)

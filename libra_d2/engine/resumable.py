@@ -99,6 +99,10 @@ class ResumableTrainer(DefaultTrainer):
     def before_train(self) -> None:
         """The parent's; last, a resumed run's random numbers are set."""
         super().before_train()
+        self.restore_numbers()
+
+    def restore_numbers(self) -> None:
+        """Lets a resumed run draw the random numbers that it would have drawn."""
         if self._resumed:
             set_running_numbers(self.checkpointer.model, self._resumed["running"])
             set_random_state(self._resumed["random"])

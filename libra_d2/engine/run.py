@@ -23,12 +23,12 @@ from libra_d2.data.sources import FORMS
 from libra_d2.quiet import silence_known_warnings
 
 from .checks import check_run
-from .config_file import load_config
+from .config_file import load_config, tell_changes
 from .launch import check_processes, count_processes, is_main_process, launch
 from .output_dir import (
     drop_metrics_from,
     hold_output_dir,
-    holds_checkpoint,
+    is_of_a_run,
     is_restarted,
     replaced_run,
 )
@@ -58,6 +58,7 @@ _NOT_FOR_THE_SCREEN = (
 def make_parser() -> argparse.ArgumentParser:
     """detectron2's arguments and two more."""
     parser = default_argument_parser()
+    parser.allow_abbrev = False
     parser.add_argument(
         "--num-processes",
         type=int,
@@ -153,7 +154,7 @@ def _run_and_tell(cfg: CfgNode, args: argparse.Namespace, program: str) -> None:
 def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
     output = Path(cfg.OUTPUT_DIR)
     # What a training run has left stays as it is.
-    folder = output / ("evaluation" if holds_checkpoint(output) else "inference")
+    folder = output / ("evaluation" if is_of_a_run(output) else "inference")
     _setup(cfg, args, folder)
     model = LibraTrainer.build_model(cfg)
     checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -178,6 +179,8 @@ def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
             hold_output_dir(output) if is_main else alone(),
             replaced_run(output, args.resume, args.overwrite) if is_main else alone() as remove,
         ):
+            if is_main and args.resume:
+                tell_changes(output, cfg)
             comm.synchronize()
             _setup(cfg, args, output)
             trainer = LibraTrainer(cfg)
@@ -211,8 +214,15 @@ def _setup(cfg: CfgNode, args: argparse.Namespace, folder: Path) -> None:
     make_logger = partial(setup_logger, cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     for logger in (make_logger(name="fvcore"), make_logger(), make_logger(name="libra_d2")):
         for handler in logger.handlers:
+            handler.handleError = partial(_tell_of_error, handler)
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(lambda r: not r.getMessage().startswith(_NOT_FOR_THE_SCREEN))
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
         logging.getLogger("libra_d2").info("no GPU found: running on the CPU")
+
+
+def _tell_of_error(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """A log that can't be written, on a disk that is full, is no reason for a traceback a line."""
+    if not isinstance(sys.exc_info()[1], OSError):
+        logging.Handler.handleError(handler, record)

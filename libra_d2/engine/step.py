@@ -57,7 +57,11 @@ class CheckedTrainer(SimpleTrainer):
         batch = self._load()
         data_time = time.perf_counter() - start
         with torch.autocast("cuda", torch.float16, enabled=self.grad_scaler.is_enabled()):
-            losses = self.model(batch)
+            try:
+                losses = self.model(batch)
+            except FloatingPointError as error:  # detectron2's, of boxes
+                what = f"{error} In iteration {self.iter}, on the images {_names(batch)}"
+                raise NonFiniteError(what) from error
         if torch.is_tensor(losses):
             losses = {"total_loss": losses}
         self.optimizer.zero_grad()
@@ -102,12 +106,11 @@ class CheckedTrainer(SimpleTrainer):
         """Drops a step that is not finite in some process; or raises ``NonFiniteError``."""
         self.optimizer.zero_grad()
         self.num_skipped += 1
-        images = ", ".join(str(image.get("file_name", "?")) for image in batch)
         shown = ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
         buffers = self.model.named_buffers()
         broken = next((n for n, b in buffers if not bool(torch.isfinite(b).all())), "")
         is_bad = not all(map(math.isfinite, numbers.values()))
-        told = comm.all_gather((is_bad, f"({shown}), on the images {images}", broken))
+        told = comm.all_gather((is_bad, f"({shown}), on the images {_names(batch)}", broken))
         # Where only gradients are not finite, they are so in all processes.
         bad = [text for is_bad, text, _ in told if is_bad] or [text for _, text, _ in told]
         broken = next(filter(None, (name for *_, name in told)), "")
@@ -136,3 +139,7 @@ class CheckedTrainer(SimpleTrainer):
         self.num_skipped = state_dict.get("num_skipped", 0)
         if "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _names(batch: list[dict]) -> str:
+    return ", ".join(str(image.get("file_name", "?")) for image in batch)

@@ -245,7 +245,7 @@ def check_weights(weights: str, model: nn.Module, name: str, *, all_of_them: boo
     if url.path.endswith(".pkl"):
         _read_zoo_file(url.path)
         return  # detectron2 matches its names
-    if "matching_heuristics" in url.query:
+    if "matching_heuristics" in url.query or url.path.endswith(".pyth"):
         read_weights(url.path)
         return
     try:
