@@ -12,6 +12,7 @@ from detectron2.modeling import (
     ROI_HEADS_REGISTRY,
     build_model,
 )
+from torch import nn
 
 from libra_d2.config import choose, get_key
 from libra_d2.data.checks import check_dataset
@@ -24,7 +25,7 @@ from .plain_errors import plain_errors
 from .trainer import LibraTrainer
 from .weights import check_classes_of, check_weights, find_checkpoint
 
-__all__ = ["check_run"]
+__all__ = ["check_run", "check_weights_of_run"]
 
 # The names they hold, and detectron2's for "none".
 _REGISTRIES = (
@@ -44,6 +45,7 @@ def check_run(
     resume: bool = False,
     overwrite: bool = False,
     num_processes: int = 1,
+    builds_model: bool = True,
 ) -> None:
     """Checks names, data sets, weights, the output folder, and that the model can be built.
 
@@ -56,6 +58,8 @@ def check_run(
         resume: whether it may go on with what is in the output folder.
         overwrite: whether it may replace that.
         num_processes: over which the batch is divided.
+        builds_model: whether to build the model, on the CPU, to check it and its weights; what is
+            rehearsed in this process is built there.
 
     Raises:
         ValueError: naming what is wrong and what would be right.
@@ -76,9 +80,27 @@ def check_run(
     _check_datasets(cfg, eval_only)
     for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         check_proposals(cfg, split)
-    with plain_errors(cfg):
-        model = build_model(_on_cpu(cfg))
-    checkpoint = find_checkpoint(output) if resume else ""
+    if builds_model:
+        with plain_errors(cfg):
+            model = build_model(_on_cpu(cfg))
+        check_weights_of_run(cfg, model, eval_only=eval_only, resume=resume)
+
+
+def check_weights_of_run(
+    cfg: CfgNode, model: nn.Module, *, eval_only: bool = False, resume: bool = False
+) -> None:
+    """Checks the weights that a run starts with.
+
+    Args:
+        cfg: the run's config.
+        model: what they are for.
+        eval_only: whether it only evaluates.
+        resume: whether it goes on from a checkpoint, if there is one.
+
+    Raises:
+        ValueError: naming what is wrong and what would be right.
+    """
+    checkpoint = find_checkpoint(Path(cfg.OUTPUT_DIR)) if resume else ""
     if checkpoint:
         check_weights(checkpoint, model, "the last checkpoint", all_of_them=True)
         check_classes_of(checkpoint, cfg.DATASETS.CLASS_NAMES, "the last checkpoint")

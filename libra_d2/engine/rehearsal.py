@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
+from .checks import check_weights_of_run
 from .plain_errors import plain_errors
 from .stopping import NonFiniteError
 from .trainer import LibraTrainer
@@ -40,6 +41,7 @@ def rehearse(cfg: CfgNode, resume: bool = False) -> int:
         seed_all_rng(cfg.SEED)
         trainer = LibraTrainer(trial)
         trainer.checkpointer.save_dir = cfg.OUTPUT_DIR  # to read from
+        check_weights_of_run(cfg, trainer.checkpointer.model, resume=resume)
         trainer.resume_or_load(resume)
         trainer.restore_numbers()
         start = trainer.start_iter

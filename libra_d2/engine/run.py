@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
                 resume=args.resume,
                 overwrite=args.overwrite,
                 num_processes=num_processes,
+                builds_model=args.eval_only or num_processes > 1,
             )
         launch(_run_and_tell, args, cfg.MODEL.DEVICE, (cfg, args, parser.prog))
 
