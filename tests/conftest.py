@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ if HAS_DETECTRON2:
     os.environ["DETECTRON2_DATASETS"] = _datasets.name
 else:
     collect_ignore = [f.name for f in Path(__file__).parent.glob("test_*.py") if f.name not in CORE]
+
+
+@pytest.fixture(scope="session", autouse=HAS_DETECTRON2)
+def environment_is_asked_for_once():
+    """Each run logs it, which takes longer than a toy trains."""
+    from detectron2.engine import defaults
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(defaults, "collect_env_info", cache(defaults.collect_env_info))
+        yield
 
 
 @pytest.fixture
