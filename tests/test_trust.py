@@ -147,7 +147,7 @@ class TestResume:
         assert run(*seed.replace(":", "").split(), output=tmp_path / "whole") == 0
         assert same_weights(model_of(tmp_path / "whole"), model_of(out))
 
-    @pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+    @pytest.mark.parametrize("damage", ["cut", "changed"])
     def test_from_the_last_whole_checkpoint(self, run, out, damage):
         assert run() == 0
         expected = model_of(out)
@@ -155,7 +155,7 @@ class TestResume:
             content = bytearray((out / name).read_bytes())
             content[len(content) // 2] ^= 255
             half = content[: len(content) // 2]
-            damaged = {"cut": half, "changed": content, "empty": b""}[damage]
+            damaged = {"cut": half, "changed": content}[damage]
             (out / name).write_bytes(damaged)
         (out / "metrics.json").write_bytes((out / "metrics.json").read_bytes()[:-30])
         assert run(flags=["--resume"]) == 0
@@ -170,7 +170,7 @@ class TestResume:
         assert run(flags=["--resume"]) == 0
         assert same_weights(expected, model_of(out))
 
-    @pytest.mark.parametrize("note", ["", "\0\0\0", None])
+    @pytest.mark.parametrize("note", ["\0\0\0", None])
     def test_without_a_note_of_the_last(self, run, out, note):
         assert run() == 0
         before = (out / "model_0000003.pth").stat().st_mtime_ns
@@ -288,11 +288,10 @@ class TestSignals:
         assert f"is still in '{out}/old-1'" in capsys.readouterr().err
         assert same_weights(before, model_of(out / "old-1"))
 
-    @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_to_a_whole_group_of_processes(self, data, tmp_path, num_workers):
+    def test_to_a_whole_group_of_processes(self, data, tmp_path):
         """As SLURM sends them: those that load images must not end before the run has saved."""
         out = tmp_path / "out"
-        opts = toy_opts(*SMALL, "SOLVER.MAX_ITER", 100000, "DATALOADER.NUM_WORKERS", num_workers)
+        opts = toy_opts(*SMALL, "SOLVER.MAX_ITER", 100000, "DATALOADER.NUM_WORKERS", 2)
         names = ["--train", data, "--val", data, "--output", str(out)]
         command = [sys.executable, str(CONFIGS.parent / "train_net.py"), "--config-file"]
         command += [str(CONFIGS / LIBRA), *names, *opts]
@@ -562,8 +561,14 @@ def server(tmp_path):
 
 
 class TestSecurity:
-    @pytest.mark.parametrize("flags", [(), ("--eval-only",)])
-    @pytest.mark.parametrize("kind", ["file", "address", "pyth", "torch", "heuristics"])
+    @pytest.mark.parametrize(
+        ("kind", "flags"),
+        [
+            *((kind, ()) for kind in ("file", "address", "pyth", "torch", "heuristics")),
+            ("file", ("--eval-only",)),
+            ("address", ("--eval-only",)),
+        ],
+    )
     def test_weights_run_no_code(self, run, tmp_path, server, monkeypatch, capsys, kind, flags):
         monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
         marker = tmp_path / "marker"
