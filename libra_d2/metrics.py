@@ -13,7 +13,7 @@ def read_metrics(path: Path) -> list[dict]:
     A last line that was cut off, by a kill or a full disk, is left out.
 
     Raises:
-        ValueError: if the file is missing, has no record, or is not of that form.
+        ValueError: if the file is missing or not of that form.
     """
     if not path.is_file():
         raise ValueError(f"'{path}' does not exist; give the metrics.json of a training run")

@@ -33,7 +33,7 @@ CORE = {
 }
 
 if HAS_DETECTRON2:
-    pytest_plugins = ["own"]  # fixtures
+    pytest_plugins = ["own", "runs", "tiny"]  # fixtures
     # The data sets are drawn anew for every run of the tests. Where they lie is settled when
     # libra_d2.data is imported, hence here, before any test is.
     _datasets = tempfile.TemporaryDirectory(prefix="libra_d2_datasets_")

@@ -1,7 +1,10 @@
 """Tiny data sets in three formats and a run trained on one, for tests of a user's own data."""
 
+import logging
+
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
 from formats import make_coco, make_voc, make_yolo
 from toys import CONFIGS, TOY
 
@@ -20,6 +23,18 @@ def data(tmp_path_factory):
     make_voc(folder / "voc", content, folder / "coco" / "images", SPLITS)
     make_yolo(folder / "yolo", content, folder / "coco" / "images", SPLITS)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_loggers():
+    """Each run in this process gets handlers of its own, as if it were in one of its own."""
+    yield
+    for name in ("detectron2", "fvcore", "libra_d2"):
+        logger = logging.getLogger(name)
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+    setup_logger.cache_clear()
 
 
 @pytest.fixture(autouse=True)

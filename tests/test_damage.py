@@ -8,7 +8,6 @@ import contextlib
 import copy
 import io
 import json
-import logging
 import os
 import random
 import signal
@@ -19,13 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
 from formats import make_coco
 from toys import CONFIGS, SMALL, toy_config, toy_opts
 
 from libra_d2.config import list_keys
-from libra_d2.data.sources import is_source
 from libra_d2.engine import main
 
 RUNS = int(os.environ.get("FUZZ_RUNS", 8))
@@ -41,20 +37,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damaged")
     make_coco(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    yield
-    for name in ("detectron2", "fvcore", "libra_d2"):
-        logger = logging.getLogger(name)
-        for handler in logger.handlers[:]:
-            logger.removeHandler(handler)
-            handler.close()
-    setup_logger.cache_clear()
-    for catalog in (DatasetCatalog, MetadataCatalog):
-        for name in filter(is_source, catalog.list()):
-            catalog.remove(name)
 
 
 def argv(folder, output, *opts, annotations="annotations.json", flags=(), iterations=1):

@@ -19,7 +19,7 @@ from own import (
     sources,
 )
 from PIL import Image
-from test_run import fails, fresh_loggers, metrics  # noqa: F401  (a fixture)
+from tiny import fails, metrics
 from toys import CONFIGS, run_tool
 
 from libra_d2.checkpoint import read_weights

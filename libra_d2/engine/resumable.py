@@ -34,8 +34,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class ResumableTrainer(DefaultTrainer):
     """Saves all that decides how training goes on, and ends a run with a sentence, not a traceback.
 
-    A subclass's constructor makes the parts of detectron2's.
+    A subclass's constructor makes the parts of detectron2's, and ``signals``.
     """
+
+    signals: Signals
 
     # What is called once, when the first checkpoint that was due is saved.
     on_periodic_checkpoint: Callable[[], None] | None = None
@@ -43,7 +45,6 @@ class ResumableTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """The parent's, with checkpoints, an evaluation and writers that end no run by failing."""
-        self.signals = Signals()
         period = self.cfg.TEST.EVAL_PERIOD
         ret = []
         for hook in super().build_hooks():

@@ -56,7 +56,7 @@ _NOT_FOR_THE_SCREEN = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """detectron2's arguments and two more."""
+    """detectron2's arguments, and those of data, output, CPU processes and errors."""
     parser = default_argument_parser()
     parser.allow_abbrev = False
     parser.add_argument(

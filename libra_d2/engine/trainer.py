@@ -29,6 +29,7 @@ from .evaluators import choose_evaluator
 from .hooks import EpochLogger
 from .resumable import ResumableTrainer
 from .step import CheckedTrainer
+from .stopping import Signals
 from .weights import WeightsCheckpointer
 
 __all__ = ["LibraTrainer"]
@@ -74,6 +75,7 @@ class LibraTrainer(ResumableTrainer):
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.signals = Signals()
         self.register_hooks(self.build_hooks())
 
     @classmethod
