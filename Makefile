@@ -29,7 +29,7 @@ compare: .venv/requirements .venv/detectron2
 
 test: .venv/requirements
 	@$(MAKE) --no-print-directory .venv/detectron2 2> /dev/null || true
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-slow: .venv/requirements .venv/detectron2
 	@FUZZ_EXAMPLES=10000 $(PY) -m pytest tests/test_fuzz.py --timeout 36000 $(ARGS)
