@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 DEMO := output/demo
 
 .PHONY: help demo compare test test-slow lint benchmark clean
@@ -29,11 +30,11 @@ compare: .venv/requirements .venv/detectron2
 
 test: .venv/requirements
 	@$(MAKE) --no-print-directory .venv/detectron2 2> /dev/null || true
-	@OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: .venv/requirements .venv/detectron2
-	@FUZZ_EXAMPLES=10000 $(PY) -m pytest tests/test_fuzz.py --timeout 36000 $(ARGS)
-	@FUZZ_RUNS=1000 $(PY) -m pytest tests/test_damage.py -m "slow or not slow" --timeout 36000 $(ARGS)
+	@FUZZ_EXAMPLES=10000 $(PYTEST) tests/test_fuzz.py --timeout 36000 $(ARGS)
+	@FUZZ_RUNS=1000 $(PYTEST) tests/test_damage.py -m "slow or not slow" --timeout 36000 $(ARGS)
 
 lint: .venv/requirements
 	@$(PY) -m ruff check .
