@@ -98,7 +98,11 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
         (["MODEL.ROI_HEADS.NAME", "StandardROIHeads"], "MODEL.ROI_HEADS.NAME.*LibraROIHeads"),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RPN"], "NEGATIVE_POSITIVE_UB 5 needs.*LibraRPN"),
         (["MODEL.DEVICE", "gpu"], "a device of torch such as cuda or cpu, got 'gpu'"),
-        (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True], "AMP.ENABLED needs a GPU"),
+        (
+            ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"],
+            "SOLVER.AMP.DTYPE float16 needs a GPU; on MODEL.DEVICE cpu use bfloat16",
+        ),
+        (["SOLVER.AMP.DTYPE", "half"], "SOLVER.AMP.DTYPE 'half' does not exist"),
         (
             ["MODEL.RETINANET.MATCHER", "mutual_guidance"],
             "MATCHER mutual_guidance needs MODEL.META_ARCHITECTURE LibraRetinaNet, got Generalized",

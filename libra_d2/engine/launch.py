@@ -15,6 +15,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
+from .speed import amp_dtype
 from .stopping import STATUSES, StoppedError, how_to_resume
 
 __all__ = ["check_processes", "count_processes", "is_main_process", "launch", "settle_device"]
@@ -46,8 +47,7 @@ def settle_device(cfg: CfgNode) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE} but torch finds {torch.cuda.device_count()} GPUs; "
             "use MODEL.DEVICE cpu where there is none"
         )
-    if device.type != "cuda" and cfg.SOLVER.AMP.ENABLED:
-        raise ValueError(f"SOLVER.AMP.ENABLED needs a GPU; MODEL.DEVICE is {cfg.MODEL.DEVICE}")
+    amp_dtype(cfg)
 
 
 def under_torchrun() -> bool:

@@ -26,7 +26,7 @@ class CheckedTrainer(SimpleTrainer):
         model: what is trained, wrapped for several processes if there are several.
         data_loader: of batches.
         optimizer: of the model's parameters.
-        amp: whether to compute in float16 where torch deems it safe, with scaled gradients. Of
+        dtype: what to compute in where torch deems it safe. Gradients of float16 are scaled; of
             these, infinite ones are a matter of the scale.
         max_skipped: how many steps that are not finite may be left out.
     """
@@ -37,11 +37,13 @@ class CheckedTrainer(SimpleTrainer):
         data_loader: Iterable,
         optimizer: torch.optim.Optimizer,
         *,
-        amp: bool = False,
+        dtype: torch.dtype = torch.float32,
         max_skipped: int = 0,
     ):
         super().__init__(model, data_loader, optimizer)
-        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=amp)
+        self.dtype = dtype
+        self.device_type = next(model.parameters()).device.type
+        self.grad_scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
         self.max_skipped = max_skipped
         self.num_skipped = 0
 
@@ -56,7 +58,8 @@ class CheckedTrainer(SimpleTrainer):
         start = time.perf_counter()
         batch = self._load()
         data_time = time.perf_counter() - start
-        with torch.autocast("cuda", torch.float16, enabled=self.grad_scaler.is_enabled()):
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(self.device_type, self.dtype if is_mixed else None, enabled=is_mixed):
             try:
                 losses = self.model(batch)
             except FloatingPointError as error:  # detectron2's, of boxes

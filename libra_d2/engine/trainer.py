@@ -28,6 +28,7 @@ from libra_d2.data.loader import (
 from .evaluators import choose_evaluator
 from .hooks import EpochLogger
 from .resumable import ResumableTrainer
+from .speed import amp_dtype, prepare_model
 from .step import CheckedTrainer
 from .stopping import Signals
 from .weights import WeightsCheckpointer
@@ -64,7 +65,7 @@ class LibraTrainer(ResumableTrainer):
             self.distribute_model(cfg, model),
             loader,
             optimizer,
-            amp=cfg.SOLVER.AMP.ENABLED,
+            dtype=amp_dtype(cfg),
             max_skipped=cfg.SOLVER.MAX_SKIPPED,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -106,6 +107,11 @@ class LibraTrainer(ResumableTrainer):
             if get_key(cfg, key) != needed:
                 got = get_key(cfg, key)
                 raise ValueError(f"TEST.AUG.ENABLED True needs {key} {needed}, got {got}")
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """detectron2's model of the config, prepared for speed as it says."""
+        return prepare_model(super().build_model(cfg), cfg)
 
     @classmethod
     def distribute_model(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:

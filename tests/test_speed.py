@@ -1,0 +1,113 @@
+"""Steps in another precision or memory format."""
+
+import json
+import signal
+from functools import partial
+
+import pytest
+import torch
+from detectron2.layers import ROIAlign
+from runs import RETINANET, at_iteration, model_of, same_weights, send
+from toys import SMALL, small_config
+
+from libra_d2.engine import LibraTrainer
+from libra_d2.engine.speed import ExactROIAlign, amp_dtype
+
+FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True)
+BASELINE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+
+
+def build(*opts):
+    torch.manual_seed(0)
+    return LibraTrainer.build_model(small_config(BASELINE, *SMALL, *opts))
+
+
+def losses_of(out):
+    records = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    return {k: v for k, v in records[0].items() if "loss" in k}
+
+
+class TestAmp:
+    @pytest.mark.parametrize(
+        ("opts", "dtype"),
+        [
+            ((), torch.float32),
+            (("SOLVER.AMP.ENABLED", True), torch.bfloat16),
+            (("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"), torch.bfloat16),
+            (("SOLVER.AMP.DTYPE", "float16"), torch.float32),
+        ],
+    )
+    def test_its_dtype(self, opts, dtype):
+        assert amp_dtype(small_config(BASELINE, *opts)) == dtype
+
+    def test_its_dtype_on_a_gpu(self):
+        cfg = small_config(BASELINE, "SOLVER.AMP.ENABLED", True).clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cuda"
+        assert amp_dtype(cfg) == torch.float16
+
+    def test_boxes_are_not_rounded_like_features(self):
+        """A box at 1,000 pixels, which bfloat16 would move by two."""
+        features = torch.arange(1100.0).expand(1, 1, 1100, 1100).contiguous() % 7
+        boxes = torch.tensor([[0.0, 1001.5, 1001.5, 1017.5, 1017.5]])
+        parent, exact = ROIAlign(2, 1.0, 1), ExactROIAlign(2, 1.0, 1)
+        expected = parent(features, boxes)
+        pooled = exact(features.bfloat16(), boxes)
+        assert pooled.dtype == torch.bfloat16
+        torch.testing.assert_close(pooled.float(), expected, atol=0.02, rtol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = parent(features.bfloat16(), boxes)
+        assert (rounded.float() - expected).abs().max() > 0.3
+
+    def test_poolers_of_a_model(self):
+        poolers = build("SOLVER.AMP.ENABLED", True).roi_heads.box_pooler.level_poolers
+        plain = build().roi_heads.box_pooler.level_poolers
+        assert [repr(p) for p in poolers] == [f"Exact{p!r}" for p in plain]
+
+    @pytest.mark.parametrize("config", [BASELINE, RETINANET])
+    def test_it_computes_in_bfloat16(self, run, out, monkeypatch, config):
+        dtypes = set()
+
+        def look(trainer):
+            backbone = trainer.model.backbone
+            backbone.register_forward_hook(
+                lambda *args: dtypes.update(x.dtype for x in args[-1].values())
+            )
+
+        at_iteration(monkeypatch, 0, look)
+        assert run("SOLVER.AMP.ENABLED", True, config=config, iterations=2) == 0
+        assert dtypes == {torch.bfloat16}
+        assert all(
+            p.dtype == torch.float32 for p in model_of(out).values() if p.is_floating_point()
+        )
+        in_bfloat16 = losses_of(out)
+        assert run(config=config, iterations=2, output=out.with_name("plain")) == 0
+        plain = losses_of(out.with_name("plain"))
+        assert in_bfloat16 != plain
+        for name, loss in plain.items():
+            assert in_bfloat16[name] == pytest.approx(loss, rel=0.1, abs=0.05), name
+
+
+class TestChannelsLast:
+    def test_it_changes_how_weights_lie_alone(self):
+        plain, model = build(), build("MODEL.CHANNELS_LAST", True)
+        weight = model.backbone.fpn_output2.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert same_weights(plain.state_dict(), model.state_dict())
+        image = [{"image": torch.rand(3, 64, 96) * 255, "height": 64, "width": 96}]
+        with torch.no_grad():
+            features = model.backbone(model.preprocess_image(image).tensor)
+            expected = plain.backbone(plain.preprocess_image(image).tensor)
+        assert features["p2"].is_contiguous(memory_format=torch.channels_last)
+        for name, level in expected.items():
+            torch.testing.assert_close(features[name], level, atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_goes_on_to_the_last_bit(run, tmp_path, monkeypatch):
+    run = partial(run, *FAST)
+    assert run(output=tmp_path / "whole") == 0
+    with monkeypatch.context() as context:
+        at_iteration(context, 2, send(signal.SIGTERM))
+        assert run() == 143
+    assert run(flags=["--resume"]) == 0
+    assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "out"))
