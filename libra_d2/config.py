@@ -182,6 +182,10 @@ def _add_training(cfg: CfgNode) -> None:
     cfg.DATASETS.ALLOW_OUTSIDE = False
     # How many images that can't be read a training leaves out before it stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 0
+    # Iterations between two lines of the log, and how many checkpoints stay beside the last; 0 for
+    # all.
+    cfg.SOLVER.LOG_PERIOD = 20
+    cfg.SOLVER.MAX_TO_KEEP = 0
     # How many steps whose losses or gradients are not finite it leaves out before it stops.
     cfg.SOLVER.MAX_SKIPPED = 0
 
@@ -229,11 +233,11 @@ def get_key(cfg: CfgNode, key: str) -> Any:
     return cfg
 
 
-def list_keys(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def list_keys(cfg: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """All dotted keys and their values, those of groups of keys among them."""
     for key, value in cfg.items():
-        yield prefix + key, value
-        if isinstance(value, CfgNode):
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
             yield from list_keys(value, f"{prefix}{key}.")
 
 

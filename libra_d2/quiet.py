@@ -16,6 +16,7 @@ _WARNINGS = (
     r".*This DataLoader will create \d+ worker processes",
     r".*broadcast_buffers.* is deprecated",  # detectron2's way to make DDP
     r".*torch\.cuda\.amp\.(GradScaler|autocast)\(.*is deprecated",  # detectron2's AMPTrainer
+    r"Importing from timm\.models\.layers is deprecated",  # detectron2's ViT and Swin
     r".*'pin_memory' argument is set as true but no accelerator is found",
 )
 _LOG_MESSAGES = {

@@ -27,11 +27,20 @@ from detectron2.data import (
 )
 from detectron2.data.common import DatasetFromList
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["LoadingError", "TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
+__all__ = [
+    "LoadingError",
+    "TestLoader",
+    "TrainLoader",
+    "build_test_loader",
+    "build_train_loader",
+    "test_loader_of",
+    "train_loader_of",
+]
 
 # What libraries raise for files that are missing, damaged, or not as annotated.
 _UNREADABLE = (
@@ -251,14 +260,25 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
         cfg: a run's config, whose ``SEED`` is not negative.
         mapper: instead of detectron2's ``DatasetMapper``.
     """
-    parts = build_detection_train_loader.from_config(cfg, mapper)
+    return train_loader_of(build_detection_train_loader.from_config(cfg, mapper), cfg)
+
+
+def train_loader_of(parts: dict[str, Any], cfg: CfgNode) -> TrainLoader:
+    """The loader of detectron2's arguments of ``build_detection_train_loader``.
+
+    Args:
+        parts: ``dataset`` (a list of records), ``mapper``, ``total_batch_size``, and whichever else
+            there are of its arguments.
+        cfg: a run's config, for ``SEED`` and ``DATALOADER.MAX_BAD_IMAGES``.
+    """
+    records = parts["dataset"]
     return TrainLoader(
-        parts["dataset"],
+        records,
         parts["mapper"],
-        parts["sampler"],
+        parts.get("sampler") or TrainingSampler(len(records)),
         parts["total_batch_size"] // comm.get_world_size(),
-        group_by_aspect=parts["aspect_ratio_grouping"],
-        num_workers=parts["num_workers"],
+        group_by_aspect=parts.get("aspect_ratio_grouping", True),
+        num_workers=parts.get("num_workers", 0),
         seed=max(cfg.SEED, 0),
         max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,
     )
@@ -274,8 +294,13 @@ def build_test_loader(
         dataset_name: of ``DATASETS.TEST``.
         mapper: instead of detectron2's ``DatasetMapper``.
     """
-    mapper = _Reader(mapper or DatasetMapper(cfg, False))
-    loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    mapper = mapper or DatasetMapper(cfg, False)
+    return test_loader_of(build_detection_test_loader.from_config(cfg, dataset_name, mapper))
+
+
+def test_loader_of(parts: dict[str, Any]) -> TestLoader:
+    """The loader of detectron2's arguments of ``build_detection_test_loader``."""
+    loader = build_detection_test_loader(**{**parts, "mapper": _Reader(parts["mapper"])})
     loader.worker_init_fn = _obey_the_parent_alone
     return TestLoader(loader)
 

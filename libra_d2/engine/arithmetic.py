@@ -109,7 +109,12 @@ def read_yaml(text: str) -> Any:
 
 
 def config_files(config_file: str) -> list[str]:
-    """A config file and all that it is based on, once it has been read without an error."""
+    """A config file and all that it is based on, once it has been read without an error.
+
+    Of a Python file that is it alone: what it imports only it knows.
+    """
+    if config_file.endswith(".py"):
+        return [config_file]
     files = []
     while config_file and os.path.isfile(config_file):
         files.append(config_file)

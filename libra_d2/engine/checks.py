@@ -10,7 +10,6 @@ from detectron2.modeling import (
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
-    build_model,
 )
 from torch import nn
 
@@ -46,6 +45,7 @@ def check_run(
     overwrite: bool = False,
     num_processes: int = 1,
     builds_model: bool = True,
+    trainer_class: type[LibraTrainer] = LibraTrainer,
 ) -> None:
     """Checks names, data sets, weights, the output folder, and that the model can be built.
 
@@ -60,6 +60,7 @@ def check_run(
         num_processes: over which the batch is divided.
         builds_model: whether to build the model, on the CPU, to check it and its weights; what is
             rehearsed in this process is built there.
+        trainer_class: what trains or evaluates it.
 
     Raises:
         ValueError: naming what is wrong and what would be right.
@@ -76,13 +77,13 @@ def check_run(
             inputs += [metadata.get("json_file"), *metadata.get("files", ())]
     options = {"resume": resume, "overwrite": overwrite}
     check_output_dir(output, training=not eval_only, inputs=inputs, **options)
-    LibraTrainer.check(cfg, 1 if eval_only else num_processes)
+    trainer_class.check(cfg, 1 if eval_only else num_processes)
     _check_datasets(cfg, eval_only)
     for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         check_proposals(cfg, split)
     if builds_model:
         with plain_errors(cfg):
-            model = build_model(_on_cpu(cfg))
+            model = trainer_class.build_model(_on_cpu(cfg))
         check_weights_of_run(cfg, model, eval_only=eval_only, resume=resume)
 
 
@@ -118,7 +119,7 @@ def _on_cpu(cfg: CfgNode) -> CfgNode:
     """The config on the CPU: a model there costs the GPUs, of other processes too, nothing."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = "cpu", False
     return cfg
 
 

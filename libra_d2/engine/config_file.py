@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
+from omegaconf import DictConfig, OmegaConf
 
 from libra_d2.config import NUM_CLASSES, add_libra_config, get_key, list_keys, set_key, suggest
 
@@ -16,7 +17,12 @@ from .arithmetic import ZooConfig
 from .config_checks import check_config
 from .launch import AUTO, settle_device
 
-__all__ = ["load_config", "tell_changes"]
+__all__ = ["ObjectsAside", "load_config", "tell_changes"]
+
+_PLAIN = (bool, int, float, str, list, tuple)
+# The first are where it lies, the others are not read again.
+_NOT_READ_AGAIN = ("OUTPUT_DIR", "train.output_dir", "MODEL.WEIGHTS", "train.init_checkpoint")
+_NOT_READ_AGAIN += ("SEED", "train.seed")
 
 
 def load_config(
@@ -116,20 +122,21 @@ def _article(value: Any) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name} such as {value!r}"
 
 
-def tell_changes(output: Path, cfg: CfgNode) -> None:
+def tell_changes(output: Path, cfg: CfgNode | DictConfig) -> None:
     """Tells of values that are not those of the run in a folder, which is resumed."""
     try:
-        former = dict(list_keys(CfgNode(yaml.safe_load((output / "config.yaml").read_text()))))
+        former = yaml.load((output / "config.yaml").read_text(), ObjectsAside)
+        former = dict(list_keys(former))
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
         return
+    cfg = cfg if isinstance(cfg, CfgNode) else OmegaConf.to_container(cfg)
     changes = [
         f"{key} {former[key]} -> {value}"
         for key, value in list_keys(cfg)
-        if key in former
-        and not isinstance(value, CfgNode)
+        if isinstance(former.get(key), _PLAIN)
+        and isinstance(value, _PLAIN)
         and _plain(value) != _plain(former[key])
-        # The first is where it lies, the others are not read again.
-        and key not in ("OUTPUT_DIR", "MODEL.WEIGHTS", "SEED")
+        and key not in _NOT_READ_AGAIN
     ]
     if changes:
         print(
@@ -138,5 +145,16 @@ def tell_changes(output: Path, cfg: CfgNode) -> None:
         )
 
 
+class ObjectsAside(yaml.SafeLoader):
+    """Reads a saved LazyConfig too, whose objects become None."""
+
+
+ObjectsAside.add_multi_constructor("tag:yaml.org,2002:python/", lambda *args: None)
+
+
 def _plain(value: Any) -> Any:
-    return [_plain(x) for x in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, dict):  # of a call, whose target may be a name or the thing itself
+        return {key: _plain(x) for key, x in value.items() if key != "_target_"}
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return value if isinstance(value, _PLAIN) else None

@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 
 __all__ = ["Checkpoints", "EpochLogger", "Writer"]
 
@@ -26,8 +28,8 @@ class Writer(hooks.PeriodicWriter):
     What can't be written, on a disk that is full, does not end a run.
     """
 
-    def __init__(self, writer: hooks.PeriodicWriter, eval_period: int):
-        super().__init__(writer._writers, writer._period)
+    def __init__(self, writer: hooks.PeriodicWriter, eval_period: int, period: int):
+        super().__init__(writer._writers, period)
         self._eval_period = eval_period
 
     def after_step(self) -> None:
@@ -58,12 +60,13 @@ class Checkpoints(HookBase):
 
     Args:
         period: iterations between two checkpoints.
+        max_to_keep: how many of these stay, the last ones; 0 for all.
     """
 
     RETRY = 20  # iterations
 
-    def __init__(self, period: int):
-        self.period = period
+    def __init__(self, period: int, max_to_keep: int = 0):
+        self.period, self.max_to_keep = period, max_to_keep
         self.retry_at = -1
 
     def after_step(self) -> None:
@@ -71,6 +74,10 @@ class Checkpoints(HookBase):
         if following % self.period == 0 or following == self.retry_at:
             is_saved = self.trainer.save_checkpoint()
             self.retry_at = -1 if is_saved else following + self.RETRY
+            if is_saved and self.max_to_keep and comm.is_main_process():
+                folder = Path(self.trainer.cfg.OUTPUT_DIR)
+                for file in sorted(folder.glob("model_[0-9]*.pth"))[: -self.max_to_keep]:
+                    file.unlink()
             if is_saved and self.trainer.on_periodic_checkpoint:
                 self.trainer.on_periodic_checkpoint()
                 self.trainer.on_periodic_checkpoint = None

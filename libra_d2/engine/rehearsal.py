@@ -19,7 +19,9 @@ from .trainer import LibraTrainer
 __all__ = ["rehearse"]
 
 
-def rehearse(cfg: CfgNode, resume: bool = False) -> int:
+def rehearse(
+    cfg: CfgNode, resume: bool = False, trainer_class: type[LibraTrainer] = LibraTrainer
+) -> int:
     """Builds a run's model, optimizer, schedule, loaders and evaluators; trains and tests one step.
 
     In each process of the run, on its device, at its size. Nothing stays of it.
@@ -27,6 +29,7 @@ def rehearse(cfg: CfgNode, resume: bool = False) -> int:
     Args:
         cfg: the run's config.
         resume: whether to start from the last checkpoint.
+        trainer_class: what trains it.
 
     Returns:
         The iteration that the run will start with.
@@ -39,7 +42,7 @@ def rehearse(cfg: CfgNode, resume: bool = False) -> int:
         trial.defrost()
         trial.OUTPUT_DIR = folder
         seed_all_rng(cfg.SEED)
-        trainer = LibraTrainer(trial)
+        trainer = trainer_class(trial)
         trainer.checkpointer.save_dir = cfg.OUTPUT_DIR  # to read from
         check_weights_of_run(cfg, trainer.checkpointer.model, resume=resume)
         trainer.resume_or_load(resume)

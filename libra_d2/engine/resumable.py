@@ -50,10 +50,11 @@ class ResumableTrainer(DefaultTrainer):
         for hook in super().build_hooks():
             if isinstance(hook, hooks.EvalHook):
                 # Checkpoints before the evaluation, which may fail.
-                ret.append(Checkpoints(self.cfg.SOLVER.CHECKPOINT_PERIOD))
+                solver = self.cfg.SOLVER
+                ret.append(Checkpoints(solver.CHECKPOINT_PERIOD, solver.MAX_TO_KEEP))
                 hook = hooks.EvalHook(period, self._evaluate)
             if isinstance(hook, hooks.PeriodicWriter):
-                hook = Writer(hook, period)
+                hook = Writer(hook, period, self.cfg.SOLVER.LOG_PERIOD)
             if not isinstance(hook, hooks.PeriodicCheckpointer):
                 ret.append(hook)
         return ret

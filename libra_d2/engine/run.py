@@ -25,6 +25,8 @@ from libra_d2.quiet import silence_known_warnings
 from .checks import check_run
 from .config_file import load_config, tell_changes
 from .launch import check_processes, count_processes, is_main_process, launch
+from .lazy_config import load_lazy_config, to_save
+from .lazy_trainer import LazyTrainer
 from .output_dir import (
     drop_metrics_from,
     hold_output_dir,
@@ -98,7 +100,12 @@ def main(argv: list[str] | None = None) -> None:
         opts += ["OUTPUT_DIR", args.output] if args.output else []
         opts += args.opts
         settle = partial(take_from_data, eval_only=args.eval_only, opts=opts)
-        cfg = load_config(args.config_file, opts, settle=settle)
+        trainer_class = LibraTrainer
+        if args.config_file.endswith(".py"):
+            trainer_class = LazyTrainer
+            cfg = load_lazy_config(args.config_file, opts, settle=settle)
+        else:
+            cfg = load_config(args.config_file, opts, settle=settle)
         check_processes(args, cfg.MODEL.DEVICE)
         if not args.eval_only and is_restarted(Path(cfg.OUTPUT_DIR)):
             args.resume, args.overwrite = True, False
@@ -111,8 +118,10 @@ def main(argv: list[str] | None = None) -> None:
                 overwrite=args.overwrite,
                 num_processes=num_processes,
                 builds_model=args.eval_only or num_processes > 1,
+                trainer_class=trainer_class,
             )
-        launch(_run_and_tell, args, cfg.MODEL.DEVICE, (cfg, args, parser.prog))
+        main_args = (cfg, args, parser.prog, trainer_class)
+        launch(_run_and_tell, args, cfg.MODEL.DEVICE, main_args)
 
 
 @contextlib.contextmanager
@@ -139,7 +148,9 @@ def one_sentence_errors(program: str, debug: bool = False) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def _run_and_tell(cfg: CfgNode, args: argparse.Namespace, program: str) -> None:
+def _run_and_tell(
+    cfg: CfgNode, args: argparse.Namespace, program: str, trainer_class: type[LibraTrainer]
+) -> None:
     """One process's part."""
     silence_known_warnings()
     with one_sentence_errors(program, args.debug):
@@ -147,44 +158,44 @@ def _run_and_tell(cfg: CfgNode, args: argparse.Namespace, program: str) -> None:
         register_data(cfg, args.eval_only)
         if args.eval_only:
             with plain_errors(cfg):
-                _evaluate(cfg, args)
+                _evaluate(cfg, args, trainer_class)
         else:
-            _train(cfg, args)
+            _train(cfg, args, trainer_class)
 
 
-def _evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _evaluate(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[LibraTrainer]) -> None:
     output = Path(cfg.OUTPUT_DIR)
     # What a training run has left stays as it is.
     folder = output / ("evaluation" if is_of_a_run(output) else "inference")
     _setup(cfg, args, folder)
-    model = LibraTrainer.build_model(cfg)
+    model = trainer_class.build_model(cfg)
     checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    evaluators = [LibraTrainer.build_evaluator(cfg, n, str(folder)) for n in cfg.DATASETS.TEST]
-    results = LibraTrainer.test(cfg, model, evaluators)
+    evaluators = [trainer_class.build_evaluator(cfg, n, str(folder)) for n in cfg.DATASETS.TEST]
+    results = trainer_class.test(cfg, model, evaluators)
     if cfg.TEST.AUG.ENABLED:
-        results.update(LibraTrainer.test_with_augmentation(cfg, model, str(folder)))
+        results.update(trainer_class.test_with_augmentation(cfg, model, str(folder)))
     if comm.is_main_process():
         verify_results(cfg, results)
 
 
-def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _train(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[LibraTrainer]) -> None:
     output, is_main = Path(cfg.OUTPUT_DIR), comm.is_main_process()
     alone = contextlib.nullcontext
     with Signals() as signals:
         signals.at_once = True  # until there is something to save
         if is_main:
             print("rehearsing one step; nothing is written before it has worked", flush=True)
-        rehearse(cfg, args.resume)
+        rehearse(cfg, args.resume, trainer_class)
         with (
             hold_output_dir(output) if is_main else alone(),
             replaced_run(output, args.resume, args.overwrite) if is_main else alone() as remove,
         ):
             if is_main and args.resume:
-                tell_changes(output, cfg)
+                tell_changes(output, to_save(cfg))
             comm.synchronize()
             _setup(cfg, args, output)
-            trainer = LibraTrainer(cfg)
+            trainer = trainer_class(cfg)
             trainer.signals, trainer.on_periodic_checkpoint = signals, remove
             trainer.resume_or_load(resume=args.resume)
             if is_main:
@@ -218,7 +229,7 @@ def _setup(cfg: CfgNode, args: argparse.Namespace, folder: Path) -> None:
             handler.handleError = partial(_tell_of_error, handler)
             if getattr(handler, "stream", None) is sys.stdout:
                 handler.addFilter(lambda r: not r.getMessage().startswith(_NOT_FOR_THE_SCREEN))
-    default_setup(cfg, args)
+    default_setup(to_save(cfg), args)
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
         logging.getLogger("libra_d2").info("no GPU found: running on the CPU")
 

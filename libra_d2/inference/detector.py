@@ -6,16 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import MetadataCatalog
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import AugInput, AugmentationList, ResizeShortestEdge
 from detectron2.modeling import build_model
 from PIL import Image
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
-from libra_d2.config import suggest
+from libra_d2.config import NUM_CLASSES, get_key, set_key, suggest
 from libra_d2.data.images import open_image, to_rgb
 from libra_d2.engine import load_config
+from libra_d2.engine.lazy_config import (
+    RunConfig,
+    build_lazy_model,
+    is_lazy_yaml,
+    load_lazy_config,
+)
 from libra_d2.engine.weights import WeightsCheckpointer, check_weights, class_names_of
 
 from .result import Result
@@ -39,12 +45,13 @@ class Detector:
 
     Args:
         path: a run's folder; a file of weights whose config lies beside it, as config.yaml or
-            under its own name as .yaml; or a config file that names weights.
+            under its own name as .yaml; or a config file that names weights, where a LazyConfig
+            is code that is run.
         threshold: the lowest score of what is found, in [0, 1].
         classes: names of the classes to look for; empty for all.
         device: "cuda", "cpu", ...; None for a GPU where there is one.
         batch_size: how many images go through the model at once.
-        opts: overrides of the config, KEY VALUE KEY VALUE ...
+        opts: overrides of the config, KEY VALUE KEY VALUE ..., or PLACE=VALUE ... of a LazyConfig.
 
     Raises:
         ValueError: if there is no config or no weights, or an argument is wrong.
@@ -70,7 +77,8 @@ class Detector:
         classes = [classes] if isinstance(classes, str) else list(classes or ())
         self.batch_size = batch_size
         self.cfg, weights = _find(Path(path), threshold, device, opts)
-        self.model = build_model(self.cfg).eval()
+        is_lazy = isinstance(self.cfg, RunConfig)
+        self.model = (build_lazy_model if is_lazy else build_model)(self.cfg).eval()
         check_weights(weights, self.model, "the file of weights")
         WeightsCheckpointer(self.model).load(weights)
         self.names = _class_names(self.cfg, weights)
@@ -83,6 +91,9 @@ class Detector:
         self._wanted = [self.names.index(name) for name in classes]
         inputs = self.cfg.INPUT
         self._resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)
+        if is_lazy:
+            mapper = self.cfg.lazy.dataloader.test.mapper
+            self._resize = AugmentationList(instantiate(mapper.augmentations))
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], *, channels: str = "RGB"
@@ -122,7 +133,9 @@ class Detector:
         height, width = image.shape[:2]
         if max(height, width) > _MOST_ELONGATED * min(height, width):
             raise ValueError(f"an image of {width}x{height} is too narrow to detect in")
-        image = self._resize.get_transform(image).apply_image(image)
+        augmented = AugInput(image)
+        self._resize(augmented)
+        image = augmented.image
         tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float)
         return {"image": tensor, "height": height, "width": width}
 
@@ -172,6 +185,8 @@ def _find(
     path: Path, threshold: float, device: str | None, opts: Sequence[str]
 ) -> tuple[CfgNode, str]:
     """The config and the file of weights that a path leads to."""
+    if path.suffix == ".py":
+        return _find_lazy(path, threshold, device, opts)
     overrides = []
     for head in ("ROI_HEADS", "RETINANET"):
         overrides += [f"MODEL.{head}.SCORE_THRESH_TEST", str(threshold)]
@@ -187,6 +202,11 @@ def _find(
         config, weights = _config_beside(path), path
     else:
         raise ValueError(f"'{path}' does not exist; give a run's folder, weights or a config")
+    if is_lazy_yaml(config):
+        raise ValueError(
+            f"'{config}' is a LazyConfig, which is code and not read here; name the .py file that "
+            f"it came from, with the weights as an override: train.init_checkpoint={weights}"
+        )
     cfg = load_config(str(config), [*overrides, *opts]).clone()
     if cfg.MODEL.LOAD_PROPOSALS:
         raise ValueError(
@@ -200,6 +220,31 @@ def _find(
     if not cfg.MODEL.WEIGHTS:
         raise ValueError(f"MODEL.WEIGHTS is empty in {config}; name the weights to detect with")
     return cfg, cfg.MODEL.WEIGHTS
+
+
+def _find_lazy(
+    path: Path, threshold: float, device: str | None, opts: Sequence[str]
+) -> tuple[CfgNode, str]:
+    arguments = ["MODEL.DEVICE", device] if device else []
+    cfg = load_lazy_config(str(path), [*arguments, *opts], settle=_take_classes_from_weights)
+    model = cfg.lazy.model
+    heads = model.roi_heads if "roi_heads" in model else None
+    predictors = [model] if heads is None else heads.get("box_predictors", [heads.box_predictor])
+    for predictor in predictors:
+        predictor.test_score_thresh = threshold
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            f"train.init_checkpoint is empty in {path}; name the weights to detect with"
+        )
+    return cfg, cfg.MODEL.WEIGHTS
+
+
+def _take_classes_from_weights(cfg: CfgNode) -> None:
+    names = class_names_of(cfg.MODEL.WEIGHTS)
+    for key in NUM_CLASSES if names else ():
+        if get_key(cfg, key) is None:
+            set_key(cfg, key, len(names))
+    cfg.DATASETS.CLASS_NAMES = names or list(cfg.DATASETS.CLASS_NAMES)
 
 
 def _last_weights(folder: Path) -> Path:

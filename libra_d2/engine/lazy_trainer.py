@@ -1,0 +1,109 @@
+"""Trains what a LazyConfig describes."""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from libra_d2.data.loader import TestLoader, TrainLoader, test_loader_of, train_loader_of
+
+from .lazy_config import build_lazy_model
+from .speed import prepare_model
+from .trainer import LibraTrainer
+
+__all__ = ["LazyTrainer"]
+
+
+class LazyTrainer(LibraTrainer):
+    """The trainer whose parts are those of a LazyConfig.
+
+    Args:
+        cfg: a :class:`~libra_d2.engine.lazy_config.RunConfig`.
+    """
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """``model``, on the run's device."""
+        model = build_lazy_model(cfg)
+        logging.getLogger("detectron2").info("Model:\n%s", model)
+        return prepare_model(model, cfg)
+
+    @classmethod
+    def distribute_model(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:
+        """The parent's, with ``train.ddp``."""
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        device_ids = [comm.get_local_rank()] if on_gpu else None
+        return create_ddp_model(model, device_ids=device_ids, **cfg.lazy.train.ddp)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """``optimizer``, of the model's parameters."""
+        optimizer = cfg.lazy.optimizer.copy()
+        optimizer.params.model = model
+        return instantiate(optimizer)
+
+    @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """``lr_multiplier``."""
+        return LRMultiplier(optimizer, instantiate(cfg.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """``dataloader.train``; if it is detectron2's loader, a resumed run takes it up again."""
+        loader = cfg.lazy.dataloader.train
+        if _target(loader) is not build_detection_train_loader:
+            return instantiate(loader)
+        parts = _arguments(loader)
+        if not isinstance(parts["dataset"], list):
+            return instantiate(loader)
+        return train_loader_of(parts, cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
+        """``dataloader.test``."""
+        loader = cfg.lazy.dataloader.test
+        if _target(loader) is not build_detection_test_loader:
+            return instantiate(loader)
+        return test_loader_of(_arguments(loader))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """``dataloader.evaluator``, or that which the data set's metadata names."""
+        evaluator = cfg.lazy.dataloader.get("evaluator")
+        if evaluator is None:
+            return super().build_evaluator(cfg, dataset_name, output_folder)
+        # With interpolations of what is around it.
+        evaluator = cfg.lazy.copy().dataloader.evaluator
+        if "output_dir" in inspect.signature(_target(evaluator)).parameters:
+            folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+            evaluator.output_dir = evaluator.get("output_dir") or folder
+        return instantiate(evaluator)
+
+
+def _target(call: DictConfig) -> Callable:
+    return locate(call._target_) if isinstance(call._target_, str) else call._target_
+
+
+def _arguments(call: DictConfig) -> dict[str, Any]:
+    """What a call gets, itself made."""
+    return {
+        name: instantiate(call[name]) if OmegaConf.is_config(call[name]) else call[name]
+        for name in call
+        if name != "_target_"
+    }

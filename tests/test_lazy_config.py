@@ -1,0 +1,376 @@
+"""LazyConfigs: those shipped, those of users, and what is wrong with some."""
+
+import re
+import shlex
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import StandardROIHeads, build_model
+from detectron2.projects.point_rend import PointRendMaskHead, add_pointrend_config
+from detectron2.structures import BitMasks
+from detectron2.utils.events import EventStorage
+from formats import make_coco
+from omegaconf import OmegaConf
+from runs import at_iteration, model_of, same_weights, send
+from tiny import metrics
+from toys import CONFIGS, make_inputs
+
+from libra_d2 import Detector
+from libra_d2.engine import load_config, main
+from libra_d2.engine.lazy_config import load_lazy_config
+from libra_d2.modeling import BalancedPyramid, BalancedSampling, LibraROIHeads, SamplingMatcher
+from libra_d2.zoo import get_config
+
+SHIPPED = sorted(str(f.relative_to(CONFIGS)) for f in CONFIGS.glob("COCO-*/*.py"))
+COMMON = {
+    "faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "libra_cascade_mask_rcnn": "COCO-InstanceSegmentation/libra_cascade_mask_rcnn_R_50_FPN_1x.yaml",
+    "libra_cascade_rcnn": "COCO-Detection/libra_cascade_rcnn_R_50_FPN_1x.yaml",
+    "libra_faster_rcnn": "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.yaml",
+    "libra_mask_rcnn": "COCO-InstanceSegmentation/libra_mask_rcnn_R_50_FPN_1x.yaml",
+    "libra_retinanet": "COCO-Detection/libra_retinanet_R_50_FPN_1x.yaml",
+    "libra_rpn": "COCO-Detection/libra_rpn_R_50_FPN_1x.yaml",
+    "mutual_guidance_retinanet": "COCO-Detection/mutual_guidance_retinanet_R_50_FPN_1x.yaml",
+    "ohem_faster_rcnn": "COCO-Detection/ohem_faster_rcnn_R_50_FPN_1x.yaml",
+    "pisa_faster_rcnn": "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml",
+    "pisa_retinanet": "COCO-Detection/pisa_retinanet_R_50_FPN_1x.yaml",
+}
+
+# R18, whose batch norm learns: random weights under frozen statistics explode.
+YAML_R18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+YAML_R18 += ["MODEL.RESNETS.NORM", "BN", "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+YAML_R18 += ["MODEL.BACKBONE.FREEZE_AT", 0]
+
+
+def as_r18(model):
+    fpn = model.backbone.get("pyramid", model.backbone)
+    fpn.bottom_up.stem.norm = fpn.bottom_up.stages.norm = "BN"
+    fpn.bottom_up.stages.depth = 18
+    del fpn.bottom_up.stages.stride_in_1x1  # of bottlenecks
+    if "in_channels" in fpn.top_block:
+        fpn.top_block.in_channels = 512
+    return model
+
+
+def losses_of(model, inputs):
+    torch.manual_seed(1)
+    with EventStorage():
+        return model.train()(inputs)
+
+
+class TestShipped:
+    @pytest.mark.parametrize("name", COMMON)
+    def test_a_common_model_is_the_yaml_files(self, name):
+        """The same weights by name and, from one seed, the same losses."""
+        yaml = load_config(str(CONFIGS / COMMON[name]), YAML_R18)
+        expected = build_model(yaml)
+        file = CONFIGS / "common" / "models" / f"{name}.py"
+        model = instantiate(as_r18(LazyConfig.load(str(file)).model))
+        assert list(expected.state_dict()) == list(model.state_dict())
+        model.load_state_dict(expected.state_dict())
+        inputs = make_inputs((3, 0), size=(64, 64), masks=yaml.MODEL.MASK_ON)
+        losses, wanted = losses_of(model, inputs), losses_of(expected, inputs)
+        assert losses.keys() == wanted.keys()
+        for key, loss in wanted.items():
+            torch.testing.assert_close(losses[key], loss, atol=1e-6, rtol=1e-6, msg=key)
+
+    def test_there_is_a_yaml_file_of_each(self):
+        assert {f.stem for f in (CONFIGS / "common" / "models").glob("*.py")} == set(COMMON)
+
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_a_config_comes_back_from_its_file(self, name, tmp_path):
+        lazy = load_lazy_config(str(CONFIGS / name)).lazy
+        LazyConfig.save(lazy, str(tmp_path / "one.yaml"))
+        back = LazyConfig.load(str(tmp_path / "one.yaml"))
+        LazyConfig.save(back, str(tmp_path / "two.yaml"))
+        assert (tmp_path / "one.yaml").read_text() == (tmp_path / "two.yaml").read_text()
+        assert not list(tmp_path.glob("*.pkl"))
+        assert set(back) == {"dataloader", "lr_multiplier", "model", "optimizer", "train"}
+        assert OmegaConf.to_container(back.train) == OmegaConf.to_container(lazy.train)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_coco(folder, num_images=4)
+    return f"coco:{folder}/annotations.json"
+
+
+SMALL = [
+    "dataloader.train.total_batch_size=2",
+    "dataloader.train.num_workers=0",
+    "dataloader.test.num_workers=0",
+    "dataloader.test.mapper.augmentations.0.short_edge_length=96",
+    "optimizer.lr=1e-5",
+    "train.checkpointer.period=2",
+    "train.init_checkpoint=''",
+    "train.seed=1",
+    "train.log_period=2",
+]
+EDGE = "dataloader.train.mapper.augmentations.0.short_edge_length"
+LIBRA = "COCO-Detection/libra_faster_rcnn_R_50_FPN_1x.py"
+# A user's own file, upon one of ours.
+OWN = """
+from detectron2.config import LazyConfig
+from detectron2.layers import ShapeSpec
+
+_ours = LazyConfig.load({ours!r})
+dataloader, lr_multiplier, model = _ours.dataloader, _ours.lr_multiplier, _ours.model
+optimizer, train = _ours.optimizer, _ours.train
+model.backbone.pyramid.bottom_up.freeze_at = 0
+model.backbone.pyramid.bottom_up.stem.norm = "BN"
+model.backbone.pyramid.bottom_up.stages.update(depth=18, norm="BN")
+del model.backbone.pyramid.bottom_up.stages.stride_in_1x1
+# Narrow, too.
+model.backbone.pyramid.out_channels = model.backbone.bfp.in_channels = 32
+model.proposal_generator.head.in_channels = 32
+box = ShapeSpec(channels=32, height=7, width=7)
+model.roi_heads.box_head.update(input_shape=box, fc_dims=[32])
+model.roi_heads.box_predictor.input_shape = ShapeSpec(channels=32)
+model.proposal_generator.post_nms_topk = (100, 20)
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.format(ours=str(CONFIGS / LIBRA)))
+    return file
+
+
+@pytest.fixture
+def run(data, own, tmp_path):
+    """Runs train_net.py on a LazyConfig in this process; returns its exit status."""
+
+    def run(*overrides, config=own, flags=(), output="out", iterations=4):
+        argv = ["--config-file", str(config), "--num-gpus", "0", *flags]
+        argv += ["--train", data, "--val", data, "--output", str(tmp_path / output)]
+        small = [f"{EDGE}=[96]"] if config == own else []
+        try:
+            main([*argv, *SMALL, *small, f"train.max_iter={iterations}", *overrides])
+        except SystemExit as exit_:
+            return exit_.code or 0
+        return 0
+
+    return run
+
+
+class TestRuns:
+    def test_trains_scores_evaluates_and_detects(self, run, own, tmp_path, capsys):
+        assert run("train.eval_period=4", "train.checkpointer.max_to_keep=1") == 0
+        out = tmp_path / "out"
+        assert "num_classes 80 -> 10" in capsys.readouterr().out
+        records = metrics(out)
+        assert [r["iteration"] for r in records if "total_loss" in r] == [1, 3]
+        assert "bbox/AP" in records[-1]
+        assert (out / "inference" / "coco_instances_results.json").is_file()
+        checkpoints = sorted(f.name for f in out.glob("model_*.pth"))
+        assert checkpoints == ["model_0000003.pth", "model_final.pth"]
+        saved = LazyConfig.load(str(out / "config.yaml"))
+        assert saved.model.roi_heads.num_classes == 10 and saved.train.seed == 1
+        weights = f"train.init_checkpoint={out / 'model_final.pth'}"
+        assert run(weights, flags=["--eval-only"], output="scored") == 0
+        assert "bbox" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="is a LazyConfig.*train.init_checkpoint=.*final.pth"):
+            Detector(out)
+        detector = Detector(own, threshold=0.0, device="cpu", opts=[weights])
+        assert detector.names == [f"digit {i}" for i in range(10)]
+        result = detector(np.zeros((60, 90, 3), np.uint8))
+        assert len(result.boxes) > 0 and result.boxes.max() <= 90
+
+    def test_goes_on_to_the_last_bit(self, run, tmp_path, monkeypatch, capsys):
+        run = partial(run, f"{EDGE}=[64,96]")
+        assert run(output="whole") == 0
+        with monkeypatch.context() as context:
+            at_iteration(context, 1, send(signal.SIGTERM))
+            assert run() == 143
+        assert run(flags=["--resume"]) == 0
+        assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "out"))
+        assert "other values" not in capsys.readouterr().out
+        assert run(flags=["--resume"], iterations=5) == 0
+        assert "train.max_iter 4 -> 5" in capsys.readouterr().out
+
+    def test_two_processes(self, run, tmp_path):
+        assert run(flags=["--num-processes", "2"], iterations=2) == 0
+        assert (tmp_path / "out" / "model_final.pth").is_file()
+
+    def test_mixed_precision(self, run, tmp_path):
+        assert run("train.amp.enabled=true", "train.channels_last=true", iterations=2) == 0
+        assert "dtype: auto, enabled: true" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+LSJ = [
+    "dataloader.train.mapper.augmentations.1.target_height=96",
+    "dataloader.train.mapper.augmentations.1.target_width=96",
+    "dataloader.train.mapper.augmentations.2.crop_size=[96,96]",
+    "train.amp.enabled=false",
+    "train.eval_period=2",
+    "model.proposal_generator.post_nms_topk=[100,10]",
+    "model.roi_heads.batch_size_per_image=16",
+    "model.roi_heads.mask_head.conv_dims=[16,16]",
+    "train.checkpointer.period=100",
+]
+SWIN = [f"model.backbone.pyramid.bottom_up.{x}" for x in ("embed_dim=8", "depths=[1,1,1,1]")]
+SWIN += ["model.backbone.pyramid.bottom_up.num_heads=[1,1,2,2]"]
+SWIN += ["model.backbone.pyramid.square_pad=96"]
+VIT = ["embed_dim=16", "depth=2", "num_heads=2", "window_block_indexes=[0]", "img_size=96"]
+VIT = [f"model.backbone.pyramid.net.{x}" for x in VIT] + ["model.backbone.pyramid.square_pad=96"]
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow"),
+    [("libra_cascade_mask_rcnn_swin_t_in21k", SWIN), ("libra_mask_rcnn_vitdet_b_100ep", VIT)],
+)
+def test_transformers_train(run, tmp_path, name, narrow):
+    config = CONFIGS / "COCO-InstanceSegmentation" / f"{name}.py"
+    assert run(*LSJ, *narrow, config=config, iterations=2) == 0
+    records = metrics(tmp_path / "out")
+    assert {"total_loss", "segm/AP"} <= {key for record in records for key in record}
+    names = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)["model"]
+    assert any(n.startswith("backbone.bfp.refine") for n in names)
+
+
+def point_rend_head(num_classes):
+    """PointRend's mask head, which is made from a config of its own."""
+    cfg = get_cfg()
+    add_pointrend_config(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.POINT_HEAD.NUM_CLASSES = num_classes
+    cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON, cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE = True, ""
+    cfg.MODEL.ROI_MASK_HEAD.FC_DIM = cfg.MODEL.POINT_HEAD.FC_DIM = 32
+    cfg.MODEL.ROI_MASK_HEAD.IN_FEATURES = ["p2"]
+    cfg.MODEL.POINT_HEAD.IN_FEATURES = ["p2"]
+    return PointRendMaskHead(cfg, {"p2": ShapeSpec(channels=256, stride=4)})
+
+
+class TheirHeads(StandardROIHeads):
+    """Of a user's own."""
+
+
+class MyHeads(BalancedSampling, TheirHeads):
+    """The same, balanced."""
+
+
+class TestSomeoneElses:
+    """The three lines of docs/lazyconfig.md."""
+
+    @staticmethod
+    def balance(model):
+        text = (CONFIGS.parent / "docs" / "lazyconfig.md").read_text()
+        (lines,) = re.findall(r"```python\n(# Balanced\n.*?)```", text, re.S)
+        exec(lines, {"model": model})
+
+    @staticmethod
+    def with_bitmasks():
+        inputs = make_inputs((3, 0), size=(64, 64), masks=True)
+        for image in inputs:
+            own = image["instances"]
+            polygons = own.gt_masks.polygons
+            own.remove("gt_masks")
+            own.gt_masks = BitMasks.from_polygon_masks(polygons, 64, 64)
+        return inputs
+
+    def test_point_rend(self):
+        """A Mask R-CNN whose masks are PointRend's, which knows nothing of this project."""
+        model = as_r18(get_config("common/models/mask_rcnn_fpn.py").model)
+        model.roi_heads.update(
+            mask_in_features=["p2"],
+            mask_pooler=None,
+            mask_head=L(point_rend_head)(num_classes="${..num_classes}"),
+        )
+        self.balance(model)
+        built = instantiate(model)
+        assert isinstance(built.roi_heads, LibraROIHeads)
+        assert isinstance(built.backbone, BalancedPyramid)
+        losses = losses_of(built, self.with_bitmasks())
+        assert "loss_mask_point" in losses
+        assert all(torch.isfinite(loss) for loss in losses.values())
+
+    def test_heads_of_their_own(self):
+        model = as_r18(get_config("common/models/mask_rcnn_fpn.py").model)
+        model.roi_heads._target_ = TheirHeads
+        self.balance(model)
+        model.roi_heads._target_ = MyHeads
+        built = instantiate(model)
+        assert isinstance(built.roi_heads, TheirHeads)
+        assert isinstance(built.roi_heads.proposal_matcher, SamplingMatcher)
+        losses_of(built, make_inputs((3, 0), size=(64, 64), masks=True))
+
+
+def test_the_command_of_the_docs(run, data, tmp_path, monkeypatch):
+    text = (CONFIGS.parent / "docs" / "lazyconfig.md").read_text()
+    (command,) = re.findall(r"```\n(python train_net.py .*?)```", text, re.S)
+    for split in ("train", "val"):
+        command = command.replace(f"coco:my/{split}.json", data)
+    argv = shlex.split(command.replace("\\\n", " ").replace("output/mine", str(tmp_path / "out")))
+    monkeypatch.chdir(CONFIGS.parent)
+    small = [*SMALL, f"{EDGE}=[64]", "dataloader.test.mapper.augmentations.0.short_edge_length=64"]
+    small += ["model.backbone.pyramid.bottom_up.freeze_at=0", "train.max_iter=1"]
+    main([*argv[2:], *small, "model.roi_heads.box_head.fc_dims=[1024]"])
+    assert (tmp_path / "out" / "model_final.pth").is_file()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("overrides", "match"),
+        [
+            (["train.max_itr=3"], "the config has no train.max_itr .did you mean 'max_iter'"),
+            (["model.roi_head.num_classes=3"], "no model.roi_head .did you mean 'roi_heads'"),
+            (["train.max_iter=-1"], r"train.max_iter must be in \[1, .*, got -1"),
+            (["train.max_iter=many"], "train.max_iter must be such as 40000, got 'many'"),
+            (["train.device=gpu"], "train.device must be a device of torch"),
+            (["train.amp.dtype=half"], "train.amp.dtype 'half' does not exist"),
+            (["train.max_iter", "5"], "such as train.max_iter=1000, got 'train.max_iter'"),
+            (["train.max_iter=3="], "override 'train.max_iter=3=': .*"),
+            (["model.roi_heads.num_classes=3"], "model.roi_heads.num_classes is 3 but the data"),
+            (["model.roi_heads.batch_size_per_image=no"], "batch_size_per_image.*no|no model can"),
+            (["model.roi_heads.negative_sampler.num_bins=0"], r"num_bins must be in \[1, 100\]"),
+            (["optimizer.lr=-1"], "the optimizer cannot be made.*learning rate"),
+            (["lr_multiplier.warmup_method=x"], "there is no schedule|warmup"),
+            (["dataloader.train.total_batch_size=0"], "total_batch_size must be in"),
+            (["dataloader.train.dataset.names=no"], "data set 'no'|names"),
+            (["train.init_checkpoint=/no.pth"], "train.init_checkpoint.*no.pth|'/no.pth'"),
+        ],
+    )
+    def test_overrides(self, run, tmp_path, capsys, overrides, match):
+        assert run(*overrides) == 2
+        message = capsys.readouterr().err.strip().splitlines()
+        assert len(message) == 1 and re.search(match, message[0]), message
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("model = ", "own.py'.*syntax error"),
+            ("import no_such_module", r"own.py' \(line 1\): ModuleNotFoundError: No module named"),
+            ("train = dict(max_iter=3)", "defines no model and no dataloader and no optimizer"),
+            ("x = 1\nraise KeyError('y')", r"own.py' \(line 2\): KeyError: 'y'"),
+            ("from .none import model", "none.py does not exist"),
+        ],
+    )
+    def test_files(self, run, own, capsys, text, match):
+        own.write_text(text)
+        assert run() == 2
+        message = capsys.readouterr().err.strip().splitlines()
+        assert len(message) == 1 and re.search(match, message[0]), message
+
+    def test_no_file(self, run, own, capsys):
+        own.rename(own.with_name("other.py"))
+        assert run() == 2
+        assert "own.py' does not exist" in capsys.readouterr().err
+
+    def test_parts_that_fail(self, run, own, tmp_path, capsys):
+        own.write_text(own.read_text() + "\nmodel.backbone = dict(_target_='no.such.thing')\n")
+        assert run() == 2
+        message = capsys.readouterr().err.strip()
+        assert "no.such.thing" in message and message.count("\n") == 0
+        assert not (tmp_path / "out").exists()
+
+    def test_no_config_of_the_zoo(self):
+        with pytest.raises(ValueError, match="zoo has no LazyConfig 'common/models/x.py'"):
+            get_config("common/models/x.py")
