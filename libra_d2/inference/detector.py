@@ -89,11 +89,12 @@ class Detector:
                     f"{', '.join(self.names)}"
                 )
         self._wanted = [self.names.index(name) for name in classes]
-        inputs = self.cfg.INPUT
-        self._resize = ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)
         if is_lazy:
             mapper = self.cfg.lazy.dataloader.test.mapper
-            self._resize = AugmentationList(instantiate(mapper.augmentations))
+            self.augmentations = list(instantiate(mapper.augmentations))
+        else:
+            inputs = self.cfg.INPUT
+            self.augmentations = [ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)]
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], *, channels: str = "RGB"
@@ -127,6 +128,14 @@ class Detector:
             for output, array, image in zip(outputs, arrays, images, strict=True)
         ]
 
+    def preprocess(self, image: ImageLike, *, channels: str = "RGB") -> dict:
+        """What the model gets for an image: ``image``, (3, H, W) float32, ``height``, ``width``.
+
+        Raises:
+            ValueError: if the image cannot be read.
+        """
+        return self._to_input(_to_rgb(image, channels))
+
     def _to_input(self, image: np.ndarray) -> dict:
         if self.cfg.INPUT.FORMAT == "BGR":
             image = image[:, :, ::-1]
@@ -134,7 +143,7 @@ class Detector:
         if max(height, width) > _MOST_ELONGATED * min(height, width):
             raise ValueError(f"an image of {width}x{height} is too narrow to detect in")
         augmented = AugInput(image)
-        self._resize(augmented)
+        AugmentationList(self.augmentations)(augmented)
         image = augmented.image
         tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float)
         return {"image": tensor, "height": height, "width": width}

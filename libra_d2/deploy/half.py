@@ -1,0 +1,65 @@
+"""A detector whose networks compute in half precision."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["compute_in"]
+
+# Of two-stage and of one-stage detectors, as far as they have them. What decides on boxes, and
+# compares scores, stays in float32.
+_NETWORKS = ("backbone", "head", "roi_heads.box_head")
+
+
+def compute_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """A copy of a detector whose backbone and heads compute in another dtype.
+
+    Args:
+        dtype: float16 or bfloat16.
+        model: detectron2's, in evaluation mode.
+    """
+    model = copy.deepcopy(model)
+    for name in _NETWORKS:
+        *owners, own = name.split(".")
+        owner = model
+        for part in owners:
+            owner = getattr(owner, part, None)
+        network = getattr(owner, own, None)
+        if isinstance(network, nn.ModuleList):
+            network[:] = [_In(dtype, one) for one in network]
+        elif isinstance(network, nn.Module):
+            setattr(owner, own, _In(dtype, network))
+    return model
+
+
+class _In(nn.Module):
+    """A network in another dtype, with outputs of float32."""
+
+    def __init__(self, dtype: torch.dtype, network: nn.Module):
+        super().__init__()
+        self.dtype, self.network = dtype, network
+
+    def forward(self, *args: Any) -> Any:
+        device = next(self.network.parameters()).device.type
+        # A cached cast of a weight would be a constant of a graph, beside the weight.
+        with torch.autocast(device, self.dtype, cache_enabled=False):
+            return _to_float(self.network(*args))
+
+    def __getattr__(self, name: str) -> Any:
+        """What the network has, such as ``size_divisibility``, is found here too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "network":  # not there yet, while it is copied
+                raise
+            return getattr(self.network, name)
+
+
+def _to_float(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    if isinstance(outputs, dict):
+        return {name: _to_float(value) for name, value in outputs.items()}
+    return type(outputs)(map(_to_float, outputs))
