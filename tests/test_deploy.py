@@ -54,9 +54,12 @@ def test_it_finds_the_same(kind, format, tmp_path):
     assert all(e["objects"] > 0 for e in report)
 
 
-@pytest.mark.parametrize("format", ["onnx", "torchscript"])
-def test_in_half_precision(format, tmp_path):
-    model, reference = detector("retinanet")
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [("retinanet", "onnx"), ("retinanet", "torchscript"), ("cascade", "torchscript")],
+)
+def test_in_half_precision(kind, format, tmp_path):
+    model, reference = detector(kind)
     image = make_image(SIZES[0])[None]
     export_model(model, tmp_path / "model", format=format, image=image, half=True)
     with torch.no_grad():

@@ -196,7 +196,9 @@ class TestRuns:
         assert run(flags=["--resume"], iterations=5) == 0
         assert "train.max_iter 4 -> 5" in capsys.readouterr().out
 
-    def test_two_processes(self, run, tmp_path):
+    def test_two_processes(self, run, own, tmp_path):
+        own.write_text(f"{own.read_text()}\nmodel.backbone.pyramid.norm = lambda c: GN(2, c)\n")
+        own.write_text(f"from torch.nn import GroupNorm as GN\n{own.read_text()}")
         assert run(flags=["--num-processes", "2"], iterations=2) == 0
         assert (tmp_path / "out" / "model_final.pth").is_file()
 

@@ -6,9 +6,11 @@ python tools/benchmark.py samplers bfp    # some
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +23,7 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator, build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
@@ -33,7 +36,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from libra_d2.deploy.export import FORMATS, export_model, open_exported
+from libra_d2.deploy.exportable import Exportable
 from libra_d2.engine import load_config
+from libra_d2.engine.speed import amp_dtype, prepare_model
 from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
 from libra_d2.modeling import LibraFastRCNNOutputLayers, MutualGuidanceMatcher
 from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
@@ -295,20 +301,31 @@ def make_inputs(size: tuple[int, int], num_images: int, num_objects: int = 12) -
     return inputs
 
 
-def make_iteration(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict]) -> Callable:
-    """Forward and backward of a model with random weights, which no step changes."""
+def make_model(config: str, opts: tuple[str, ...] = ()) -> tuple[CfgNode, nn.Module]:
+    """A config and its model, with random weights."""
     cfg = load_config(str(CONFIGS / config), ["MODEL.WEIGHTS", "", *opts])
     torch.manual_seed(0)
-    model = build_model(cfg).train()
+    model = prepare_model(build_model(cfg), cfg)
     # Random residual branches under frozen batch norm make features, and so losses, explode, and
     # gradients so small that their products are denormal numbers, which slow a CPU down.
     for block in model.modules():
         if isinstance(block, BottleneckBlock):
             block.conv3.norm.weight.fill_(0.1)
+    return cfg, model
+
+
+def make_iteration(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict]) -> Callable:
+    """Forward and backward of a model, which no step changes, in the precision of its config."""
+    cfg, model = make_model(config, opts)
+    model.train()
+    dtype = amp_dtype(cfg)
+    is_mixed = dtype != torch.float32
 
     def iteration() -> None:
         with EventStorage():
-            sum(model(inputs).values()).backward()
+            with torch.autocast(DEVICE, dtype if is_mixed else None, enabled=is_mixed):
+                loss = sum(model(inputs).values())
+            loss.backward()
         model.zero_grad()
 
     return iteration
@@ -355,6 +372,52 @@ def benchmark_retinanet(repeats: int) -> None:
     show_iterations(models, repeats)
 
 
+def benchmark_speed(repeats: int) -> None:
+    config, amp = "Base-Libra-RCNN-FPN.yaml", ("SOLVER.AMP.ENABLED", "True")
+    bfloat16 = (*amp, "SOLVER.AMP.DTYPE", "bfloat16")
+    channels_last = ("MODEL.CHANNELS_LAST", "True")
+    models = {
+        "Libra Faster R-CNN": (config,),
+        "MODEL.CHANNELS_LAST": (config, channels_last),
+        "SOLVER.AMP, bfloat16": (config, bfloat16),
+        "both": (config, (*bfloat16, *channels_last)),
+    }
+    if DEVICE == "cuda":
+        models["SOLVER.AMP, float16"] = (config, amp)
+        models["both, float16"] = (config, (*amp, *channels_last))
+    show_iterations(models, repeats)
+
+
+# ---- exported models
+
+
+EXPORTED = {
+    "Libra Faster R-CNN": "Base-Libra-RCNN-FPN.yaml",
+    "Libra Mask R-CNN": "COCO-InstanceSegmentation/libra_mask_rcnn_R_50_FPN_1x.yaml",
+    "Libra Cascade R-CNN": "COCO-Detection/libra_cascade_rcnn_R_50_FPN_1x.yaml",
+    "Libra RetinaNet": "Base-Libra-RetinaNet.yaml",
+}
+
+
+@torch.no_grad()
+def benchmark_export(repeats: int) -> None:
+    image, rows = torch.rand(1, 3, 480, 640, device=DEVICE) * 255, []
+    for name, config in EXPORTED.items():
+        _, model = make_model(config, ("TEST.DETECTIONS_PER_IMAGE", "20"))
+        model.eval()
+        has_masks = "Mask" in name
+        files = {"eager": Exportable(model, has_masks).eval()}
+        for format in FORMATS:
+            for half in (False, True):
+                with contextlib.suppress(ValueError), tempfile.TemporaryDirectory() as folder:
+                    export_model(model, f"{folder}/model", format=format, image=image, half=half)
+                    files[format + ", half" * half] = open_exported(f"{folder}/model", format)
+        seconds = measure({n: partial(f, image) for n, f in files.items()}, repeats)
+        rows += [(name, n, 1000 * s, s / seconds["eager"]) for n, s in seconds.items()]
+    title = f"Exported models, R50-FPN, 480x640, one image ({DEVICE})"
+    show(title, rows, ("model", "format", "ms", "ratio"))
+
+
 BENCHMARKS = {
     "samplers": benchmark_samplers,
     "bfp": benchmark_bfp,
@@ -362,6 +425,8 @@ BENCHMARKS = {
     "reweighting": benchmark_reweighting,
     "iteration": benchmark_iteration,
     "retinanet": benchmark_retinanet,
+    "speed": benchmark_speed,
+    "export": benchmark_export,
 }
 
 

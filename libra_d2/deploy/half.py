@@ -28,7 +28,7 @@ def compute_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
             owner = getattr(owner, part, None)
         network = getattr(owner, own, None)
         if isinstance(network, nn.ModuleList):
-            network[:] = [_In(dtype, one) for one in network]
+            setattr(owner, own, nn.ModuleList(_In(dtype, one) for one in network))
         elif isinstance(network, nn.Module):
             setattr(owner, own, _In(dtype, network))
     return model

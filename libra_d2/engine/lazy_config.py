@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import yaml
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -80,7 +81,14 @@ _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 class RunConfig(CfgNode):
     """What a run looks at of a LazyConfig, under detectron2's keys; ``lazy`` is the whole."""
 
-    lazy: DictConfig
+    lazy: DictConfig | None = None  # none of the groups in it
+
+    def __getstate__(self) -> dict:
+        # Configs hold functions without a name, which other processes get by value.
+        return {**self.__dict__, "lazy": cloudpickle.dumps(self.lazy)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, lazy=cloudpickle.loads(state["lazy"]))
 
 
 def load_lazy_config(
