@@ -24,7 +24,7 @@ from toys import CONFIGS, SMALL, toy_config, toy_opts
 from libra_d2.config import list_keys
 from libra_d2.engine import main
 
-RUNS = int(os.environ.get("FUZZ_RUNS", 8))
+RUNS = int(os.environ.get("FUZZ_RUNS", 5))
 LIBRA = "Base-Libra-RCNN-FPN.yaml"
 BAD = (0, -1, 1, 7, 0.5, -0.5, 2.0, 1e-30, 1e30, "", "x", "p9", "BN", True, False)
 BAD += ((), (0,), (-1, 2), [[]], [[0]], [1, 2, 3], ["x"], ((), ()), {}, None, "nan", "[", "()")

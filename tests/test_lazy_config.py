@@ -212,7 +212,6 @@ LSJ = [
     "dataloader.train.mapper.augmentations.1.target_width=96",
     "dataloader.train.mapper.augmentations.2.crop_size=[96,96]",
     "train.amp.enabled=false",
-    "train.eval_period=2",
     "model.proposal_generator.post_nms_topk=[100,10]",
     "model.roi_heads.batch_size_per_image=16",
     "model.roi_heads.mask_head.conv_dims=[16,16]",
@@ -231,9 +230,9 @@ VIT = [f"model.backbone.pyramid.net.{x}" for x in VIT] + ["model.backbone.pyrami
 )
 def test_transformers_train(run, tmp_path, name, narrow):
     config = CONFIGS / "COCO-InstanceSegmentation" / f"{name}.py"
-    assert run(*LSJ, *narrow, config=config, iterations=2) == 0
-    records = metrics(tmp_path / "out")
-    assert {"total_loss", "segm/AP"} <= {key for record in records for key in record}
+    no_data = "dataloader.test.dataset.names=[]"
+    assert run(*LSJ, *narrow, no_data, config=config, iterations=2) == 0
+    assert "total_loss" in metrics(tmp_path / "out")[0]
     names = torch.load(tmp_path / "out" / "model_final.pth", weights_only=False)["model"]
     assert any(n.startswith("backbone.bfp.refine") for n in names)
 

@@ -53,11 +53,11 @@ class TestFolder:
         """While this one rehearsed: the check is made again by who holds the folder."""
         rehearse = run_module.rehearse
 
-        def rehearse_slowly(cfg, resume):
+        def rehearse_slowly(*args):
             with monkeypatch.context() as context:
                 context.setattr(run_module, "rehearse", rehearse)
                 assert run(iterations=2) == 0
-            return rehearse(cfg, resume)
+            return rehearse(*args)
 
         monkeypatch.setattr(run_module, "rehearse", rehearse_slowly)
         assert run() == 2
