@@ -130,12 +130,7 @@ def load_lazy_config(
             if not is_given[key]:
                 set_key(cfg, key, None)
         settle(cfg)
-        for key in NUM_CLASSES:
-            if get_key(cfg, key) is None:
-                set_key(cfg, key, former[key])
-            elif get_key(cfg, key) != former[key] and OmegaConf.select(lazy, _PLACES[key]):
-                change = f"{former[key]} -> {get_key(cfg, key)}"
-                print(f"{_PLACES[key]} {change}, as many as the data have")
+        _keep_classes(cfg, lazy, former)
         settle_device(cfg)
         check_config(cfg)
         _write_back(cfg, lazy)
@@ -228,6 +223,16 @@ def _is_like(value: Any, default: Any) -> bool:
     if isinstance(default, (tuple, list)):
         return isinstance(value, (tuple, list))
     return isinstance(default, float) and isinstance(value, numbers)
+
+
+def _keep_classes(cfg: CfgNode, lazy: DictConfig, former: dict[str, int]) -> None:
+    """Keeps numbers of classes that nothing has settled, and tells of those that have changed."""
+    for key in NUM_CLASSES:
+        if get_key(cfg, key) is None:
+            set_key(cfg, key, former[key])
+        elif get_key(cfg, key) != former[key] and OmegaConf.select(lazy, _PLACES[key]):
+            change = f"{former[key]} -> {get_key(cfg, key)}"
+            print(f"{_PLACES[key]} {change}, as many as the data have")
 
 
 def _write_back(cfg: CfgNode, lazy: DictConfig) -> None:

@@ -22,11 +22,10 @@ def split(opts: Sequence[str], keys: Container[str]) -> tuple[list[str], list[st
     first = next((i for i in range(0, len(opts), 2) if "=" in opts[i]), len(opts))
     arguments, overrides = list(opts[:first]), list(opts[first:])
     wrong = [o for o in overrides if "=" not in o] + [k for k in arguments[::2] if k not in keys]
-    if wrong or len(arguments) % 2:
+    wrong += arguments[-1:] if len(arguments) % 2 else []
+    if wrong:
         raise ValueError(
             f"overrides of a LazyConfig must be such as train.max_iter=1000, got '{wrong[0]}'"
-            if wrong
-            else f"overrides must be such as train.max_iter=1000, got {' '.join(arguments)}"
         )
     return arguments, overrides
 
