@@ -116,9 +116,22 @@ class TestAgreement:
 
     def test_one_too_many(self):
         fewer = [x[:1] for x in self.FOUND]
-        assert compare(fewer, self.FOUND, EXACT, 0.05)[1] == ""  # may be cut off
+        assert "1 of 2 objects are too many" in compare(fewer, self.FOUND, EXACT, 0.05)[1]
+        assert compare(fewer, self.FOUND, EXACT, 0.05, most=2)[1] == ""  # may be cut off
         assert "missing" in compare([x[1:] for x in self.FOUND], fewer, EXACT, 0.05)[1]
-        assert "too many" in compare([x[:0] for x in self.FOUND], self.FOUND, EXACT, 0.05)[1]
+
+    @pytest.mark.parametrize("tolerance", [EXACT, HALF])
+    def test_one_that_finds_nothing_does_not_agree(self, tolerance):
+        nothing = [x[:0] for x in self.FOUND]
+        assert "2 of 2 objects are missing" in compare(self.FOUND, nothing, tolerance, 0.05)[1]
+        assert "too many" in compare(nothing, self.FOUND, tolerance, 0.05)[1]
+
+    def test_masks_go_with_their_objects(self):
+        masks = torch.stack([torch.zeros(1, 28, 28), torch.ones(1, 28, 28)])
+        found = [*self.FOUND, masks]
+        assert compare(found, [x.flip(0) for x in found], EXACT, 0.05)[1] == ""
+        swapped = [*self.FOUND, masks.flip(0)]
+        assert "2 of 2 objects are missing" in compare(found, swapped, EXACT, 0.05)[1]
 
     def test_near_the_threshold_one_may_be_missing(self):
         fewer = [x[:1] for x in self.FOUND]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import StandardROIHeads, build_model
 from detectron2.projects.point_rend import PointRendMaskHead, add_pointrend_config
@@ -24,6 +25,7 @@ from toys import CONFIGS, make_inputs
 from libra_d2 import Detector
 from libra_d2.engine import load_config, main
 from libra_d2.engine.lazy_config import load_lazy_config
+from libra_d2.engine.lazy_trainer import LazyTrainer
 from libra_d2.modeling import BalancedPyramid, BalancedSampling, LibraROIHeads, SamplingMatcher
 from libra_d2.zoo import get_config
 
@@ -316,6 +318,48 @@ def test_the_command_of_the_docs(run, data, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model_final.pth").is_file()
 
 
+def test_several_test_sets(own, data, tmp_path):
+    """Each is loaded, and scored, by itself."""
+    small = ["dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]
+    opts = ["DATASETS.TRAIN", f"('{data}',)", "DATASETS.TEST", "('tiny_a', 'tiny_b')"]
+    cfg = load_lazy_config(str(own), [*opts, *small])
+    for name, number in (("tiny_a", 2), ("tiny_b", 3)):
+        records = [
+            {"file_name": "x", "image_id": i, "height": 8, "width": 8} for i in range(number)
+        ]
+        DatasetCatalog.register(name, lambda records=records: records)
+        MetadataCatalog.get(name).set(thing_classes=["a"], evaluator_type="coco")
+    try:
+        for name, number in (("tiny_a", 2), ("tiny_b", 3)):
+            assert len(LazyTrainer.build_test_loader(cfg, name)) == number
+            evaluator = LazyTrainer.build_evaluator(cfg, name, str(tmp_path))
+            assert evaluator._metadata.name == name
+    finally:
+        for name in ("tiny_a", "tiny_b"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def test_a_cascade_detects(tmp_path):
+    model = as_r18(LazyConfig.load(str(CONFIGS / "common/models/libra_cascade_rcnn.py")).model)
+    torch.save({"model": instantiate(model).state_dict()}, tmp_path / "model.pth")
+    ours = str(CONFIGS / "COCO-InstanceSegmentation/libra_cascade_mask_rcnn_swin_t_in21k.py")
+    (tmp_path / "own.py").write_text(
+        OWN.format(ours=ours).split("model.backbone")[0].replace(", model =", ", _swin =")
+        + f"""
+model = LazyConfig.load({str(CONFIGS / "common/models/libra_cascade_rcnn.py")!r}).model
+model.backbone.pyramid.bottom_up.stem.norm = "BN"
+model.backbone.pyramid.bottom_up.stages.update(depth=18, norm="BN")
+del model.backbone.pyramid.bottom_up.stages.stride_in_1x1
+train.init_checkpoint = {str(tmp_path / "model.pth")!r}
+dataloader.test.mapper.augmentations[0].short_edge_length = 64
+"""
+    )
+    detector = Detector(tmp_path / "own.py", threshold=0.3, device="cpu")
+    assert [p.test_score_thresh for p in detector.model.roi_heads.box_predictor] == [0.3] * 3
+    detector(np.zeros((60, 90, 3), np.uint8))
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("overrides", "match"),
@@ -331,7 +375,7 @@ class TestBadInput:
             (["model.roi_heads.num_classes=3"], "model.roi_heads.num_classes is 3 but the data"),
             (["model.roi_heads.batch_size_per_image=no"], "batch_size_per_image.*no|no model can"),
             (["model.roi_heads.negative_sampler.num_bins=0"], r"num_bins must be in \[1, 100\]"),
-            (["optimizer.lr=-1"], "the optimizer cannot be made.*learning rate"),
+            (["optimizer.lr=-1"], r"optimizer.lr must be in \[0, .*, got -1"),
             (["lr_multiplier.warmup_method=x"], "there is no schedule|warmup"),
             (["dataloader.train.total_batch_size=0"], "total_batch_size must be in"),
             (["dataloader.train.dataset.names=no"], "data set 'no'|names"),
@@ -371,6 +415,18 @@ class TestBadInput:
         message = capsys.readouterr().err.strip()
         assert "no.such.thing" in message and message.count("\n") == 0
         assert not (tmp_path / "out").exists()
+
+    def test_a_model_without_classes_does_not_detect(self, own):
+        text = own.read_text().replace("model.roi_heads.", "# ")
+        rpn = f"model = LazyConfig.load({str(CONFIGS / 'common/models/libra_rpn.py')!r}).model"
+        own.write_text(f"{text.split('model.backbone')[0]}\n{rpn}\n")
+        with pytest.raises(ValueError, match="proposes boxes without classes"):
+            Detector(own)
+
+    def test_names_are_those_of_the_config(self, run, capsys):
+        assert run(flags=["--num-processes", "3"], iterations=1) == 2
+        message = capsys.readouterr().err
+        assert "dataloader.train.total_batch_size must be a multiple of" in message
 
     def test_no_config_of_the_zoo(self):
         with pytest.raises(ValueError, match="zoo has no LazyConfig 'common/models/x.py'"):

@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> None:
             batch=args.batch,
             half=args.half,
             images=args.images,
-            threshold=args.threshold,
         )
     sizes = [f"{e['objects']} objects at {e['width']}x{e['height']}" for e in record["agreed_at"]]
     print(f"wrote {', '.join(map(str, bundle_files(args.output)))}")

@@ -33,6 +33,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 __all__ = [
+    "TRAIN_PARTS",
     "LoadingError",
     "TestLoader",
     "TrainLoader",
@@ -54,6 +55,12 @@ _UNREADABLE = (
 )
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+# Of the arguments of detectron2's loader those that ours knows.
+TRAIN_PARTS = {
+    *("dataset", "mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers"),
+}
 
 
 class LoadingError(ValueError):
@@ -268,7 +275,7 @@ def train_loader_of(parts: dict[str, Any], cfg: CfgNode) -> TrainLoader:
 
     Args:
         parts: ``dataset`` (a list of records), ``mapper``, ``total_batch_size``, and whichever else
-            there are of its arguments.
+            there are of ``TRAIN_PARTS``.
         cfg: a run's config, for ``SEED`` and ``DATALOADER.MAX_BAD_IMAGES``.
     """
     records = parts["dataset"]

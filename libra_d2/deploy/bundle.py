@@ -41,7 +41,6 @@ def export_detector(
     batch: int = 1,
     half: bool = False,
     images: Sequence[str | Path] = (),
-    threshold: float = 0.05,
 ) -> dict:
     """Writes a detector to a file that agrees with it, a json and a script that runs it.
 
@@ -52,7 +51,6 @@ def export_detector(
         batch: how many images go in at once; a scripted model takes any number.
         half: whether to compute in half precision where torch deems it safe.
         images: to compare the two on; none for the first of the config's test data.
-        threshold: the detector's.
 
     Returns:
         What the json says.
@@ -70,20 +68,25 @@ def export_detector(
     has_masks = bool(getattr(getattr(detector.model, "roi_heads", None), "mask_on", False))
     reference = Exportable(detector.model, has_masks).eval()
     agreed: list[dict] = []
+    most = detector.cfg.TEST.DETECTIONS_PER_IMAGE
+    sides = _sides(detector)
 
     def write(path: str) -> None:
         export_model(detector.model, path, format=format, image=samples[0], half=half)
         with torch.no_grad():
             exported = open_exported(path, format)
             tolerance = HALF if half else EXACT
-            agreed.extend(check_agreement(reference, exported, samples, tolerance, threshold))
+            border = detector.threshold
+            found = check_agreement(reference, exported, samples, tolerance, border, most)
+            agreed.extend(found)
 
     write_whole(str(file), write)
     record = {
         "format": format,
         "precision": "half" if half else "float32",
         "classes": detector.names,
-        "score_threshold": threshold,
+        "score_threshold": detector.threshold,
+        "device": detector.model.device.type,
         "input": {
             "name": "images",
             "shape": ["any" if format == "script" else batch, 3, "height", "width"],
@@ -91,7 +94,7 @@ def export_detector(
             "range": [0, 255],
             "channels": detector.cfg.INPUT.FORMAT,
             "batch": batch,
-            **_sides(detector),
+            **sides,
         },
         "outputs": list(OUTPUTS[: 4 + has_masks]),
         "agreed_at": agreed,
@@ -107,12 +110,16 @@ def export_detector(
 
 def _sides(detector: Detector) -> dict[str, int]:
     """To what size an image is brought before the model."""
-    for augmentation in detector.augmentations:
-        if isinstance(augmentation, ResizeShortestEdge):
-            shorter = augmentation.short_edge_length
-            shorter = shorter[0] if isinstance(shorter, (list, tuple)) else shorter
-            return {"shorter_side": int(shorter), "longer_side": int(augmentation.max_size)}
-    raise ValueError("an image must be resized by ResizeShortestEdge, for a script to do the same")
+    if [type(one) for one in detector.augmentations] == [ResizeShortestEdge]:
+        (resize,) = detector.augmentations
+        shorter = resize.short_edge_length
+        lengths = set(shorter) if isinstance(shorter, (list, tuple)) else {shorter}
+        if len(lengths) == 1 and min(lengths) > 0:
+            return {"shorter_side": int(*lengths), "longer_side": int(resize.max_size)}
+    raise ValueError(
+        "test images must be resized by ResizeShortestEdge to one length, and nothing else done to "
+        f"them, for a script to do the same; got {detector.augmentations}"
+    )
 
 
 def _test_images(detector: Detector) -> list[str]:

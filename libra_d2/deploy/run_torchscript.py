@@ -22,8 +22,9 @@ def detect(image: Image.Image) -> dict[str, np.ndarray]:
     resized = image.resize((int(width * scale + 0.5), int(height * scale + 0.5)), Image.BILINEAR)
     pixels = np.asarray(resized, np.float32)[:, :, :: -1 if about["channels"] == "BGR" else 1]
     batch = np.repeat(pixels.transpose(2, 0, 1)[None], about["batch"], axis=0)
+    batch = torch.from_numpy(batch).to(ABOUT["device"])
     with torch.no_grad():
-        outputs = [output.numpy() for output in MODEL(torch.from_numpy(batch))]
+        outputs = [output.cpu().numpy() for output in MODEL(batch)]
     found = dict(zip(ABOUT["outputs"], outputs, strict=True))
     found = {name: values[found["image_index"] == 0] for name, values in found.items()}
     found["boxes"] *= np.tile(np.divide(image.size, resized.size), 2).astype(np.float32)

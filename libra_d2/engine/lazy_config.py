@@ -1,6 +1,6 @@
 """Reads a LazyConfig and overrides, with an error a user can act on.
 
-A LazyConfig is a Python file, or was one, and so is code: reading it runs it.
+A LazyConfig is a Python file: reading it runs it.
 """
 
 import contextlib
@@ -25,7 +25,14 @@ from .config_file import ObjectsAside
 from .launch import AUTO, settle_device
 from .lazy_overrides import check_place, split
 
-__all__ = ["RunConfig", "build_lazy_model", "is_lazy_yaml", "load_lazy_config", "to_save"]
+__all__ = [
+    "RunConfig",
+    "build_lazy_model",
+    "in_places",
+    "is_lazy_yaml",
+    "load_lazy_config",
+    "to_save",
+]
 
 # What a run looks at, under detectron2's key; and where a LazyConfig has it.
 _PLACES = {
@@ -35,6 +42,7 @@ _PLACES = {
     "MODEL.WEIGHTS": "train.init_checkpoint",
     "MODEL.DEVICE": "train.device",
     "MODEL.CHANNELS_LAST": "train.channels_last",
+    "SOLVER.BASE_LR": "optimizer.lr",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
     "SOLVER.MAX_ITER": "train.max_iter",
@@ -247,16 +255,20 @@ def _write_back(cfg: CfgNode, lazy: DictConfig) -> None:
             OmegaConf.update(lazy, place, value, merge=False)
 
 
+def in_places(message: str) -> str:
+    """A message with a LazyConfig's places in place of detectron2's keys."""
+    for key, place in sorted(_PLACES.items(), key=lambda item: -len(item[0])):
+        message = message.replace(key, place)
+    return message
+
+
 @contextlib.contextmanager
 def _in_places() -> Iterator[None]:
     """Names a LazyConfig's places, not detectron2's keys, in what is said to be wrong."""
     try:
         yield
     except ValueError as error:
-        message = str(error)
-        for key, place in sorted(_PLACES.items(), key=lambda item: -len(item[0])):
-            message = message.replace(key, place)
-        raise ValueError(message) from error
+        raise ValueError(in_places(str(error))) from error
 
 
 @contextlib.contextmanager

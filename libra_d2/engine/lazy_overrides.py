@@ -44,7 +44,8 @@ def check_place(lazy: DictConfig, place: str) -> None:
         if not OmegaConf.is_config(inner):
             raise _no_place(known[:-1], node, group)
         node = inner
-    if _get(node, leaf) is None and leaf not in node and leaf not in _arguments(node):
+    arguments = _arguments(node)
+    if leaf not in node and _get(node, leaf) is None and not {leaf, "**"} & set(arguments):
         raise _no_place(place, node, leaf)
 
 
@@ -61,10 +62,16 @@ def _get(node: Any, name: str) -> Any:
 
 
 def _arguments(node: Any) -> list[str]:
-    """The names of a call's arguments; one without fixed names takes any."""
+    """The names of a call's arguments; "**" if it takes any."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if target is None:
         return []
-    target = locate(target) if isinstance(target, str) else target
-    target = getattr(target, "__init__", target) if inspect.isclass(target) else target
-    return list(inspect.signature(inspect.unwrap(target)).parameters)
+    try:
+        target = locate(target) if isinstance(target, str) else target
+        is_class = inspect.isclass(target)
+        target = inspect.unwrap(target.__init__ if is_class else target)
+        arguments = list(inspect.signature(target).parameters.values())[is_class:]
+    except (ImportError, TypeError, ValueError):  # which is said when it is called
+        return ["**"]
+    names = [a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)]
+    return names + ["**"] * any(a.kind == a.VAR_KEYWORD for a in arguments)

@@ -17,7 +17,13 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from libra_d2.data.loader import TestLoader, TrainLoader, test_loader_of, train_loader_of
+from libra_d2.data.loader import (
+    TRAIN_PARTS,
+    TestLoader,
+    TrainLoader,
+    test_loader_of,
+    train_loader_of,
+)
 
 from .lazy_config import build_lazy_model
 from .speed import prepare_model
@@ -68,14 +74,14 @@ class LazyTrainer(LibraTrainer):
         if _target(loader) is not build_detection_train_loader:
             return instantiate(loader)
         parts = _arguments(loader)
-        if not isinstance(parts["dataset"], list):
+        if not isinstance(parts["dataset"], list) or set(parts) - TRAIN_PARTS:
             return instantiate(loader)
         return train_loader_of(parts, cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
         """``dataloader.test``."""
-        loader = cfg.lazy.dataloader.test
+        loader = _of_data_set(cfg, dataset_name).dataloader.test
         if _target(loader) is not build_detection_test_loader:
             return instantiate(loader)
         return test_loader_of(_arguments(loader))
@@ -88,12 +94,22 @@ class LazyTrainer(LibraTrainer):
         evaluator = cfg.lazy.dataloader.get("evaluator")
         if evaluator is None:
             return super().build_evaluator(cfg, dataset_name, output_folder)
-        # With interpolations of what is around it.
-        evaluator = cfg.lazy.copy().dataloader.evaluator
-        if "output_dir" in inspect.signature(_target(evaluator)).parameters:
+        evaluator = _of_data_set(cfg, dataset_name).dataloader.evaluator
+        arguments = inspect.signature(_target(evaluator)).parameters
+        if "dataset_name" in arguments:
+            evaluator.dataset_name = dataset_name
+        if "output_dir" in arguments:
             folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
             evaluator.output_dir = evaluator.get("output_dir") or folder
         return instantiate(evaluator)
+
+
+def _of_data_set(cfg: CfgNode, dataset_name: str) -> DictConfig:
+    """The LazyConfig, whose test data are this set alone."""
+    lazy = cfg.lazy.copy()
+    if OmegaConf.select(lazy, "dataloader.test.dataset.names") is not None:
+        lazy.dataloader.test.dataset.names = dataset_name
+    return lazy
 
 
 def _target(call: DictConfig) -> Callable:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from libra_d2.quiet import silence_known_warnings
 from .checks import check_run
 from .config_file import load_config, tell_changes
 from .launch import check_processes, count_processes, is_main_process, launch
-from .lazy_config import load_lazy_config, to_save
+from .lazy_config import RunConfig, in_places, load_lazy_config, to_save
 from .lazy_trainer import LazyTrainer
 from .output_dir import (
     drop_metrics_from,
@@ -89,19 +89,21 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    with one_sentence_errors(parser.prog, args.debug):
+    is_lazy = str(args.config_file).endswith(".py")
+    with one_sentence_errors(parser.prog, args.debug, in_places if is_lazy else str):
         if not args.config_file:
             raise ValueError("give a config with --config-file")
         num_processes = count_processes(args)
         # First, so that a device given on the command line counts.
         opts = ["MODEL.DEVICE", "cpu"] if args.num_gpus == 0 else []
+        opts += ["SOLVER.AMP.ENABLED", "False"] if args.eval_only else []  # it is of training
         for key, value in (("DATASETS.TRAIN", args.train), ("DATASETS.TEST", args.val)):
             opts += [key, str(tuple(value))] if value else []
         opts += ["OUTPUT_DIR", args.output] if args.output else []
         opts += args.opts
         settle = partial(take_from_data, eval_only=args.eval_only, opts=opts)
         trainer_class = LibraTrainer
-        if args.config_file.endswith(".py"):
+        if is_lazy:
             trainer_class = LazyTrainer
             cfg = load_lazy_config(args.config_file, opts, settle=settle)
         else:
@@ -125,12 +127,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def one_sentence_errors(program: str, debug: bool = False) -> Iterator[None]:
+def one_sentence_errors(
+    program: str, debug: bool = False, rename: Callable[[str], str] = str
+) -> Iterator[None]:
     """Turns a ``ValueError`` into one sentence and exit status 2, an interrupt into 130.
 
     Args:
         program: the name to put before it.
         debug: whether to print the traceback too.
+        rename: gives the sentence other names of keys.
     """
     try:
         yield
@@ -141,7 +146,7 @@ def one_sentence_errors(program: str, debug: bool = False) -> Iterator[None]:
         if not is_main_process():
             time.sleep(_PATIENCE)
         what = error.sentence if is_stopped else f"error: {error}"
-        print(f"{program}: {what}", file=sys.stderr)
+        print(f"{program}: {rename(what)}", file=sys.stderr)
         raise SystemExit(error.code if is_stopped else 2) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
@@ -153,7 +158,8 @@ def _run_and_tell(
 ) -> None:
     """One process's part."""
     silence_known_warnings()
-    with one_sentence_errors(program, args.debug):
+    rename = in_places if isinstance(cfg, RunConfig) else str
+    with one_sentence_errors(program, args.debug, rename):
         cfg = _with_seed(cfg, args.resume)
         register_data(cfg, args.eval_only)
         if args.eval_only:

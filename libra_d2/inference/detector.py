@@ -22,12 +22,14 @@ from libra_d2.engine.lazy_config import (
     is_lazy_yaml,
     load_lazy_config,
 )
+from libra_d2.engine.plain_errors import plain_errors
 from libra_d2.engine.weights import WeightsCheckpointer, check_weights, class_names_of
 
 from .result import Result
 
 __all__ = ["Detector"]
 
+_NO_CLASSES = "a ProposalNetwork proposes boxes without classes; nothing to detect with"
 _MOST_ELONGATED = 100  # beyond, a side vanishes when images are resized
 # Anything that is an image; numpy arrays are (H, W, 3) or (H, W), tensors (3, H, W).
 _WHAT = "an image must be a path, a PIL image, an array or a tensor"
@@ -75,10 +77,11 @@ class Detector:
             raise ValueError(f"path must be a run's folder, weights or a config, got {path!r}")
         device = None if device is None else str(device)
         classes = [classes] if isinstance(classes, str) else list(classes or ())
-        self.batch_size = batch_size
+        self.batch_size, self.threshold = batch_size, threshold
         self.cfg, weights = _find(Path(path), threshold, device, opts)
         is_lazy = isinstance(self.cfg, RunConfig)
-        self.model = (build_lazy_model if is_lazy else build_model)(self.cfg).eval()
+        with plain_errors(self.cfg):
+            self.model = (build_lazy_model if is_lazy else build_model)(self.cfg).eval()
         check_weights(weights, self.model, "the file of weights")
         WeightsCheckpointer(self.model).load(weights)
         self.names = _class_names(self.cfg, weights)
@@ -196,7 +199,7 @@ def _find(
     """The config and the file of weights that a path leads to."""
     if path.suffix == ".py":
         return _find_lazy(path, threshold, device, opts)
-    overrides = []
+    overrides = ["SOLVER.AMP.ENABLED", "False"]  # of training; this device may not know it
     for head in ("ROI_HEADS", "RETINANET"):
         overrides += [f"MODEL.{head}.SCORE_THRESH_TEST", str(threshold)]
     # A run's config names the device it was trained on.
@@ -223,7 +226,7 @@ def _find(
             "train_net.py --eval-only, not used here"
         )
     if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
-        raise ValueError("a ProposalNetwork proposes boxes without classes; nothing to detect with")
+        raise ValueError(_NO_CLASSES)
     if "MODEL.WEIGHTS" not in opts and weights is not None:
         return cfg, str(weights)
     if not cfg.MODEL.WEIGHTS:
@@ -234,11 +237,18 @@ def _find(
 def _find_lazy(
     path: Path, threshold: float, device: str | None, opts: Sequence[str]
 ) -> tuple[CfgNode, str]:
-    arguments = ["MODEL.DEVICE", device] if device else []
+    arguments = ["SOLVER.AMP.ENABLED", "False", *(["MODEL.DEVICE", device] if device else [])]
     cfg = load_lazy_config(str(path), [*arguments, *opts], settle=_take_classes_from_weights)
     model = cfg.lazy.model
     heads = model.roi_heads if "roi_heads" in model else None
-    predictors = [model] if heads is None else heads.get("box_predictors", [heads.box_predictor])
+    if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+        raise ValueError(_NO_CLASSES)
+    if heads is None:
+        predictors = [model]
+    else:
+        predictors = heads.get("box_predictors") or [heads.get("box_predictor")]
+    if None in predictors:
+        raise ValueError(f"'{path}': model.roi_heads has no box_predictor to give a threshold to")
     for predictor in predictors:
         predictor.test_score_thresh = threshold
     if not cfg.MODEL.WEIGHTS:
