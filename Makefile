@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train a small Libra Faster R-CNN, evaluate it and draw what it finds"
 	@echo "make compare    train the demo and its plain twin, and compare them"
 	@echo "make test       run the tests"
-	@echo "make test-slow  damage configs, data and checkpoints, and kill runs (hours)"
+	@echo "make test-slow  damage configs, data and checkpoints, and kill runs (half an hour)"
 	@echo "make lint       check style and formatting"
 	@echo "make benchmark  measure speed and memory (minutes; ARGS=--help for options)"
 	@echo "make clean      remove .venv, generated data sets and output"

@@ -213,6 +213,11 @@ def check_output(path: str, overwrite: bool) -> None:
     """Raises ``ValueError`` unless weights can be written to a file of this name."""
     if not path.endswith((".pth", ".safetensors")):
         raise ValueError(f"the output must end in .pth or .safetensors, got '{path}'")
+    refuse_existing(path, overwrite)
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """Raises ``ValueError`` if a file to write is there and may not be replaced, or is a folder."""
     if os.path.isdir(path) or (os.path.exists(path) and not overwrite):
         raise ValueError(f"'{path}' exists; give --overwrite to replace it")
 

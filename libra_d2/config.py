@@ -182,8 +182,8 @@ def _add_training(cfg: CfgNode) -> None:
     cfg.DATASETS.ALLOW_OUTSIDE = False
     # How many images that can't be read a training leaves out before it stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 0
-    # Iterations between two lines of the log, and how many checkpoints stay beside the last; 0 for
-    # all.
+    # Iterations between two lines of the log, and how many of the numbered checkpoints stay, the
+    # last ones; 0 for all.
     cfg.SOLVER.LOG_PERIOD = 20
     cfg.SOLVER.MAX_TO_KEEP = 0
     # How many steps whose losses or gradients are not finite it leaves out before it stops.

@@ -32,7 +32,7 @@ KINDS = {
 
 def detector(kind, *opts):
     name, own = KINDS[kind]
-    return make_model(name, *own, *opts), Exportable(make_model(name, *own, *opts), own == MASK)
+    return make_model(name, *own, *opts), Exportable(make_model(name, *own, *opts))
 
 
 @pytest.mark.parametrize("format", ["onnx", "torchscript", "script"])
@@ -74,7 +74,7 @@ def test_in_half_precision(kind, format, tmp_path):
 @pytest.mark.parametrize("kind", ["faster", "retinanet"])
 def test_a_plain_one_computes_the_same(kind, refine):
     model, reference = detector(kind, "MODEL.BFP.REFINE_TYPE", refine)
-    plain = Exportable(make_plain(model), has_masks=False)
+    plain = Exportable(make_plain(model))
     assert not any(type(m).__module__.startswith("libra_d2.modeling") for m in plain.modules())
     for size in SIZES:
         with torch.no_grad():
@@ -89,7 +89,7 @@ def test_what_is_not_balanced_is_exported_too(tmp_path):
     image = make_image(SIZES[0])[None]
     export_model(model, tmp_path / "model", format="script", image=image)
     exported = open_exported(tmp_path / "model", "script")
-    check_agreement(Exportable(model, has_masks=False), exported, [image], EXACT, 0.05)
+    check_agreement(Exportable(model), exported, [image], EXACT, 0.05)
 
 
 class TestAgreement:

@@ -405,8 +405,7 @@ def benchmark_export(repeats: int) -> None:
     for name, config in EXPORTED.items():
         _, model = make_model(config, ("TEST.DETECTIONS_PER_IMAGE", "20"))
         model.eval()
-        has_masks = "Mask" in name
-        files = {"eager": Exportable(model, has_masks).eval()}
+        files = {"eager": Exportable(model).eval()}
         for format in FORMATS:
             for half in (False, True):
                 with contextlib.suppress(ValueError), tempfile.TemporaryDirectory() as folder:

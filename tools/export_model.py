@@ -18,8 +18,8 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 from libra_d2 import Detector
-from libra_d2.deploy.bundle import bundle_files, export_detector
-from libra_d2.deploy.export import FORMATS
+from libra_d2.checkpoint import refuse_existing
+from libra_d2.deploy import FORMATS, bundle_files, export_detector
 from libra_d2.engine.run import one_sentence_errors
 
 
@@ -49,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_sentence_errors(parser.prog):
         for file in bundle_files(args.output):
-            if file.is_dir() or (file.exists() and not args.overwrite):
-                raise ValueError(f"'{file}' exists; give --overwrite to replace it")
+            refuse_existing(file, args.overwrite)
         detector = Detector(
             args.model, threshold=args.threshold, device=args.device, opts=args.opts
         )

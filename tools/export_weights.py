@@ -23,7 +23,13 @@ silence_known_warnings()
 
 from torch import Tensor
 
-from libra_d2.checkpoint import check_output, read_weights, write_weights, write_whole
+from libra_d2.checkpoint import (
+    check_output,
+    read_weights,
+    refuse_existing,
+    write_weights,
+    write_whole,
+)
 from libra_d2.engine import load_config
 from libra_d2.engine.run import one_sentence_errors
 from libra_d2.engine.weights import class_names_of
@@ -85,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         read = [args.config_file, args.metrics]
         read += [str(Path(args.input).parent / name) for name in ("config.yaml", "metrics.json")]
         for path in (side, config_file):
-            if Path(path).is_dir() or (Path(path).exists() and not args.overwrite):
-                raise ValueError(f"'{path}' exists; give --overwrite to replace it")
+            refuse_existing(path, args.overwrite)
             if Path(path).resolve() in [Path(name).resolve() for name in read if name]:
                 raise ValueError(f"'{path}' is read itself; give another output")
         if Path(args.input).resolve() == Path(args.output).resolve():

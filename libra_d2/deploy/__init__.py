@@ -1,5 +1,6 @@
 """Exports trained detectors to files that run without this project."""
 
-from .export import FORMATS, check_exportable, export_model, open_exported
+from .bundle import bundle_files, export_detector
+from .export import FORMATS
 
-__all__ = ["FORMATS", "check_exportable", "export_model", "open_exported"]
+__all__ = ["FORMATS", "bundle_files", "export_detector"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT", "HALF", "Tolerance", "compare"]
+__all__ = ["EXACT", "HALF", "Tolerance", "check_agreement", "compare"]
 
 
 @dataclass(frozen=True, kw_only=True)

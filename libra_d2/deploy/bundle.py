@@ -18,11 +18,15 @@ from libra_d2.inference.detector import Detector
 
 from .agreement import EXACT, HALF, check_agreement
 from .export import FORMATS, check_exportable, export_model, open_exported
-from .exportable import OUTPUTS, Exportable
+from .exportable import Exportable
 
 __all__ = ["bundle_files", "export_detector"]
 
-_SCRIPTS = {"onnx": "run_onnx.py", "torchscript": "run_torchscript.py"}
+_SCRIPTS = {
+    "onnx": "run_onnx.py",
+    "torchscript": "run_torchscript.py",
+    "script": "run_torchscript.py",
+}
 # Of the size that the config tests at: three images are compared at.
 _SCALES = ((1.0, 1.0), (0.75, 0.6), (0.55, 0.85))
 
@@ -49,7 +53,7 @@ def export_detector(
         file: to write, ending as its format asks for.
         format: one of ``FORMATS``.
         batch: how many images go in at once; a scripted model takes any number.
-        half: whether to compute in half precision where torch deems it safe.
+        half: whether backbone and heads compute in half precision.
         images: to compare the two on; none for the first of the config's test data.
 
     Returns:
@@ -64,24 +68,32 @@ def export_detector(
         raise ValueError(f"a file of format {format} must end in {FORMATS[format]}, got '{file}'")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    record = _describe(detector, format, batch, half)
     samples = _samples(detector, images or _test_images(detector), batch)
-    has_masks = bool(getattr(getattr(detector.model, "roi_heads", None), "mask_on", False))
-    reference = Exportable(detector.model, has_masks).eval()
-    agreed: list[dict] = []
-    most = detector.cfg.TEST.DETECTIONS_PER_IMAGE
-    sides = _sides(detector)
 
     def write(path: str) -> None:
         export_model(detector.model, path, format=format, image=samples[0], half=half)
         with torch.no_grad():
-            exported = open_exported(path, format)
-            tolerance = HALF if half else EXACT
-            border = detector.threshold
-            found = check_agreement(reference, exported, samples, tolerance, border, most)
-            agreed.extend(found)
+            record["agreed_at"] = check_agreement(
+                Exportable(detector.model).eval(),
+                open_exported(path, format),
+                samples,
+                HALF if half else EXACT,
+                detector.threshold,
+                detector.cfg.TEST.DETECTIONS_PER_IMAGE,
+            )
 
     write_whole(str(file), write)
-    record = {
+    record["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    write_whole(str(about), lambda path: Path(path).write_text(json.dumps(record, indent=1)))
+    text = (Path(__file__).parent / _SCRIPTS[format]).read_text().replace("MODEL", file.name, 2)
+    write_whole(str(script), lambda path: Path(path).write_text(text))
+    return record
+
+
+def _describe(detector: Detector, format: str, batch: int, half: bool) -> dict:
+    """What there is to know of a file before it is made."""
+    return {
         "format": format,
         "precision": "half" if half else "float32",
         "classes": detector.names,
@@ -94,18 +106,11 @@ def export_detector(
             "range": [0, 255],
             "channels": detector.cfg.INPUT.FORMAT,
             "batch": batch,
-            **sides,
+            **_sides(detector),
         },
-        "outputs": list(OUTPUTS[: 4 + has_masks]),
-        "agreed_at": agreed,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "outputs": Exportable(detector.model).outputs,
         "made_with": {p: importlib.metadata.version(p) for p in ("torch", "torchvision")},
     }
-    write_whole(str(about), lambda path: Path(path).write_text(json.dumps(record, indent=1)))
-    text = (Path(__file__).parent / _SCRIPTS.get(format, _SCRIPTS["torchscript"])).read_text()
-    text = text.replace("MODEL", file.name, 2)
-    write_whole(str(script), lambda path: Path(path).write_text(text))
-    return record
 
 
 def _sides(detector: Detector) -> dict[str, int]:

@@ -15,7 +15,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from .exportable import OUTPUTS, Exportable, Traceable
+from .exportable import Exportable, Traceable
 from .half import compute_in
 from .plain import make_plain
 
@@ -35,7 +35,7 @@ def check_exportable(model: nn.Module, format: str, half: bool = False) -> None:
     Args:
         model: detectron2's.
         format: one of ``FORMATS``.
-        half: whether to compute in half precision where torch deems it safe.
+        half: whether backbone and heads compute in half precision.
 
     Raises:
         ValueError: if it can't; it says which format takes it.
@@ -86,17 +86,16 @@ def export_model(
         ValueError: if the detector can't be exported.
     """
     check_exportable(model, format, half)
-    has_masks = bool(getattr(getattr(model, "roi_heads", None), "mask_on", False))
     if format == "script":
         model = make_plain(model)  # the others trace a balanced pyramid as it is, for all sizes
     elif half:
         on_cpu = image.device.type == "cpu" and format == "torchscript"
         model = compute_in(torch.bfloat16 if on_cpu else torch.float16, model)
-    exportable = Exportable(model, has_masks).eval()
+    exportable = Exportable(model).eval()
     with torch.no_grad(), _quietly():
         if format == "script":
             fields = {**_FIELDS, **(_TWO_STAGE if not exportable.is_one_stage else {})}
-            fields |= {"pred_masks": Tensor} if has_masks else {}
+            fields |= {"pred_masks": Tensor} if exportable.has_masks else {}
             scripting_with_instances(exportable, fields).save(str(file))
             return
         traceable = Traceable(exportable).eval()
@@ -111,10 +110,10 @@ def export_model(
                 opset_version=_OPSET,
                 dynamo=False,  # the newer exporter fails on sizes that depend on data
                 input_names=["images"],
-                output_names=list(OUTPUTS[: 4 + has_masks]),
+                output_names=exportable.outputs,
                 dynamic_axes={
                     "images": {2: "height", 3: "width"},
-                    **{name: {0: "objects"} for name in OUTPUTS[: 4 + has_masks]},
+                    **{name: {0: "objects"} for name in exportable.outputs},
                 },
             )
 

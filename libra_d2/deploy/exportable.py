@@ -10,9 +10,9 @@ import torch
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
-__all__ = ["OUTPUTS", "Exportable", "Traceable"]
+__all__ = ["Exportable", "Traceable"]
 
-OUTPUTS = ("boxes", "scores", "classes", "image_index", "masks")
+_OUTPUTS = ("boxes", "scores", "classes", "image_index", "masks")
 
 
 class Exportable(nn.Module):
@@ -20,16 +20,20 @@ class Exportable(nn.Module):
 
     Args:
         model: detectron2's, in evaluation mode.
-        has_masks: whether it predicts masks.
+
+    Attributes:
+        outputs: names of what it returns.
     """
 
     is_one_stage: torch.jit.Final[bool]
     has_masks: torch.jit.Final[bool]
 
-    def __init__(self, model: nn.Module, has_masks: bool):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model, self.has_masks = model, has_masks
+        self.model = model
         self.is_one_stage = isinstance(model, RetinaNet)
+        self.has_masks = bool(getattr(getattr(model, "roi_heads", None), "mask_on", False))
+        self.outputs = list(_OUTPUTS[: 4 + self.has_masks])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """What is found in images (N, 3, H, W), float32 in [0, 255], in the model's channels.

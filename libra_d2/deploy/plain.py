@@ -46,15 +46,10 @@ class ScriptablePyramid(nn.Module):
         balanced: whose weights it shares.
     """
 
-    size_divisibility: int
-    square_size: int
-    names: list[str]
-
     def __init__(self, balanced: BalancedPyramid):
         super().__init__()
         self.pyramid = balanced.pyramid
-        refine = balanced.bfp.refine
-        self.refine = _ScriptableNonLocal(refine) if hasattr(refine, "theta") else refine
+        self.refine = balanced.bfp.refine
         self.refine_level = balanced.bfp.refine_level
         self.names = list(balanced.in_features)
         self.size_divisibility = balanced.size_divisibility
@@ -89,20 +84,3 @@ def _resize(x: Tensor, height: int, width: int, pools: bool, is_same: bool) -> T
     if pools:
         return F.adaptive_max_pool2d(x, [height, width])
     return F.interpolate(x, size=[height, width], mode="nearest")
-
-
-class _ScriptableNonLocal(nn.Module):
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.theta, self.phi, self.g = block.theta, block.phi, block.g
-        self.conv_out = block.conv_out
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = _rows(self.theta(x)), _rows(self.phi(x)), _rows(self.g(x))
-        y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-        y = y.squeeze(1).transpose(1, 2).contiguous().view(x.shape)
-        return x + self.conv_out(y)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return torch.flatten(x, 2).transpose(1, 2).unsqueeze(1).contiguous()

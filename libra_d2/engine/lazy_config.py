@@ -4,6 +4,7 @@ A LazyConfig is a Python file: reading it runs it.
 """
 
 import contextlib
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -67,6 +68,8 @@ _PLACES = {
     "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
     "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
 }
+# One of these keys, alone: not in a path, nor the beginning of another.
+_KEY = re.compile(rf"(?<![\w./])({'|'.join(map(re.escape, _PLACES))})(?![\w/]|\.\w)")
 # Those a file need not have.
 _DEFAULTS = {
     "train": {
@@ -257,9 +260,7 @@ def _write_back(cfg: CfgNode, lazy: DictConfig) -> None:
 
 def in_places(message: str) -> str:
     """A message with a LazyConfig's places in place of detectron2's keys."""
-    for key, place in sorted(_PLACES.items(), key=lambda item: -len(item[0])):
-        message = message.replace(key, place)
-    return message
+    return _KEY.sub(lambda match: _PLACES[match[0]], message)
 
 
 @contextlib.contextmanager

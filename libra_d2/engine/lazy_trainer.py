@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
-from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -49,9 +47,7 @@ class LazyTrainer(LibraTrainer):
     @classmethod
     def distribute_model(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:
         """The parent's, with ``train.ddp``."""
-        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-        device_ids = [comm.get_local_rank()] if on_gpu else None
-        return create_ddp_model(model, device_ids=device_ids, **cfg.lazy.train.ddp)
+        return super().distribute_model(cfg, model, **cfg.lazy.train.ddp)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

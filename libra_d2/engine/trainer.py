@@ -3,6 +3,7 @@
 import logging
 import os
 import weakref
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -114,11 +115,19 @@ class LibraTrainer(ResumableTrainer):
         return prepare_model(super().build_model(cfg), cfg)
 
     @classmethod
-    def distribute_model(cls, cfg: CfgNode, model: nn.Module) -> nn.Module:
-        """Wraps the model for data-parallel training if there are several processes."""
+    def distribute_model(cls, cfg: CfgNode, model: nn.Module, **options: Any) -> nn.Module:
+        """Wraps the model for data-parallel training if there are several processes.
+
+        Args:
+            cfg: the config of the run.
+            model: on its device.
+            options: of torch's ``DistributedDataParallel``.
+        """
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         device_ids = [comm.get_local_rank()] if on_gpu else None
-        return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        return create_ddp_model(
+            model, **{"broadcast_buffers": False, "device_ids": device_ids, **options}
+        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -37,14 +37,14 @@ class NonLocal2d(nn.Module):
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (self._to_rows(conv(x)) for conv in (self.theta, self.phi, self.g))
+        query, key, value = _to_rows(self.theta(x)), _to_rows(self.phi(x)), _to_rows(self.g(x))
         y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         # A copy, because as a mere view it would be channels-last, and make all that follows so:
         # slower on a CPU where the rest of the model is not.
         y = y.squeeze(1).transpose(1, 2).contiguous().view(x.shape)
         return x + self.conv_out(y)
 
-    @staticmethod
-    def _to_rows(x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, one head, H * W, C), with a position's channels side by side."""
-        return torch.flatten(x, 2).transpose(1, 2).unsqueeze(1).contiguous()
+
+def _to_rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, one head, H * W, C), with a position's channels side by side."""
+    return torch.flatten(x, 2).transpose(1, 2).unsqueeze(1).contiguous()
