@@ -1,0 +1,138 @@
+"""Whole detectors: steps of training, and exported ones."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from libra_d2.deploy.export import FORMATS, export_model, open_exported
+from libra_d2.deploy.exportable import Exportable
+from libra_d2.engine import load_config
+from libra_d2.engine.speed import amp_dtype, prepare_model
+
+from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
+
+# ---- training iteration
+
+
+def make_model(config: str, opts: tuple[str, ...] = ()) -> tuple[CfgNode, nn.Module]:
+    """A config and its model, with random weights."""
+    cfg = load_config(str(CONFIGS / config), ["MODEL.WEIGHTS", "", *opts])
+    torch.manual_seed(0)
+    model = prepare_model(build_model(cfg), cfg)
+    # Random residual branches under frozen batch norm make features, and so losses, explode, and
+    # gradients so small that their products are denormal numbers, which slow a CPU down.
+    for block in model.modules():
+        if isinstance(block, BottleneckBlock):
+            block.conv3.norm.weight.fill_(0.1)
+    return cfg, model
+
+
+def make_iteration(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict]) -> Callable:
+    """Forward and backward of a model, which no step changes, in the precision of its config."""
+    cfg, model = make_model(config, opts)
+    model.train()
+    dtype = amp_dtype(cfg)
+    is_mixed = dtype != torch.float32
+
+    def iteration() -> None:
+        with EventStorage():
+            with torch.autocast(DEVICE, dtype if is_mixed else None, enabled=is_mixed):
+                loss = sum(model(inputs).values())
+            loss.backward()
+        model.zero_grad()
+
+    return iteration
+
+
+def show_iterations(models: dict[str, tuple], repeats: int) -> None:
+    """Measures models, each a config and overrides; ratios are to the first."""
+    num_images = 2 if DEVICE == "cuda" else 1
+    inputs = make_inputs((800, 1216), num_images)
+    iterations = {name: make_iteration(*model, inputs=inputs) for name, model in models.items()}
+    seconds = measure(iterations, repeats, warmup=1 if DEVICE == "cpu" else 5)
+    baseline = next(iter(seconds.values()))
+    show(
+        f"Forward and backward in training, R50-FPN, {num_images} x 800x1216 ({DEVICE})",
+        [(name, value, value / baseline) for name, value in seconds.items()],
+        ("model", "s", "ratio"),
+    )
+
+
+def benchmark_iteration(repeats: int) -> None:
+    plain = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+    models = {
+        "Faster R-CNN (detectron2)": ("Base-RCNN-FPN.yaml", plain),
+        "Libra Faster R-CNN": ("Base-Libra-RCNN-FPN.yaml",),
+        "PISA Faster R-CNN": (
+            "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml",
+            ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "1000"),  # as many proposals as the others
+        ),
+        "OHEM Faster R-CNN": ("COCO-Detection/ohem_faster_rcnn_R_50_FPN_1x.yaml",),
+    }
+    show_iterations(models, repeats)
+
+
+def benchmark_retinanet(repeats: int) -> None:
+    models = {
+        "RetinaNet (detectron2)": (
+            "Base-RetinaNet.yaml",
+            ("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        ),
+        "RetinaNet": ("Base-RetinaNet.yaml",),
+        "Libra RetinaNet": ("Base-Libra-RetinaNet.yaml",),
+        "Mutual Guidance RetinaNet": ("COCO-Detection/mutual_guidance_retinanet_R_50_FPN_1x.yaml",),
+    }
+    show_iterations(models, repeats)
+
+
+def benchmark_speed(repeats: int) -> None:
+    config, amp = "Base-Libra-RCNN-FPN.yaml", ("SOLVER.AMP.ENABLED", "True")
+    bfloat16 = (*amp, "SOLVER.AMP.DTYPE", "bfloat16")
+    channels_last = ("MODEL.CHANNELS_LAST", "True")
+    models = {
+        "Libra Faster R-CNN": (config,),
+        "MODEL.CHANNELS_LAST": (config, channels_last),
+        "SOLVER.AMP, bfloat16": (config, bfloat16),
+        "both": (config, (*bfloat16, *channels_last)),
+    }
+    if DEVICE == "cuda":
+        models["SOLVER.AMP, float16"] = (config, amp)
+        models["both, float16"] = (config, (*amp, *channels_last))
+    show_iterations(models, repeats)
+
+
+# ---- exported models
+
+
+EXPORTED = {
+    "Libra Faster R-CNN": "Base-Libra-RCNN-FPN.yaml",
+    "Libra Mask R-CNN": "COCO-InstanceSegmentation/libra_mask_rcnn_R_50_FPN_1x.yaml",
+    "Libra Cascade R-CNN": "COCO-Detection/libra_cascade_rcnn_R_50_FPN_1x.yaml",
+    "Libra RetinaNet": "Base-Libra-RetinaNet.yaml",
+}
+
+
+@torch.no_grad()
+def benchmark_export(repeats: int) -> None:
+    image, rows = torch.rand(1, 3, 480, 640, device=DEVICE) * 255, []
+    for name, config in EXPORTED.items():
+        _, model = make_model(config, ("TEST.DETECTIONS_PER_IMAGE", "20"))
+        model.eval()
+        files = {"eager": Exportable(model).eval()}
+        for format in FORMATS:
+            for half in (False, True):
+                with contextlib.suppress(ValueError), tempfile.TemporaryDirectory() as folder:
+                    export_model(model, f"{folder}/model", format=format, image=image, half=half)
+                    files[format + ", half" * half] = open_exported(f"{folder}/model", format)
+        seconds = measure({n: partial(f, image) for n, f in files.items()}, repeats)
+        rows += [(name, n, 1000 * s, s / seconds["eager"]) for n, s in seconds.items()]
+    title = f"Exported models, R50-FPN, 480x640, one image ({DEVICE})"
+    show(title, rows, ("model", "format", "ms", "ratio"))

@@ -1,0 +1,223 @@
+"""Parts of a detector: samplers, pyramid, matching, losses."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_anchor_generator
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from libra_d2.engine import load_config
+from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
+from libra_d2.modeling import LibraFastRCNNOutputLayers, MutualGuidanceMatcher
+from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
+
+from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
+
+# ---- samplers
+
+
+def make_matches(num_images: int, num_positives: int) -> tuple[Tensor, Tensor, Tensor]:
+    """IoUs, ground-truth indices and mask of positives of 2,000 proposals an image."""
+    generator = torch.Generator().manual_seed(0)
+    ious = torch.rand(num_images, 2000, generator=generator) ** 3 * 0.5
+    ious[:, :num_positives] += 0.5
+    gt_indices = torch.randint(20, (num_images, 2000), generator=generator)
+    squeeze = (lambda x: x[0].to(DEVICE)) if num_images == 1 else (lambda x: x.to(DEVICE))
+    return squeeze(ious), squeeze(gt_indices), squeeze(ious >= 0.5)
+
+
+def sample_both(ious: Tensor, gt_indices: Tensor, positives: Tensor) -> None:
+    """Both Libra samplers: 512 samples, at most a quarter of them positive."""
+    num_positives = positives.sum(-1).clamp(max=128)
+    sample_instance_balanced_positives(gt_indices, positives, 128)
+    sample_iou_balanced_negatives(ious, ~positives, 512 - num_positives)
+
+
+def benchmark_samplers(repeats: int) -> None:
+    rows = []
+    for num_positives, calls in itertools.product((60, 400), (20, 1)):
+        one, batch = (make_matches(n, num_positives) for n in (1, 16))
+        labels = torch.where(one[2], 0, 1)
+        seconds = measure(
+            {
+                "detectron2": partial(subsample_labels, labels, 512, 0.25, 1),
+                "one": partial(sample_both, *one),
+                "batch": partial(sample_both, *batch),
+            },
+            repeats=repeats * 20,
+            calls=calls,
+        )
+        milliseconds = {name: 1000 * value for name, value in seconds.items()}
+        ratio = seconds["batch"] / seconds["one"]
+        rows.append((num_positives, calls, *milliseconds.values(), ratio))
+    show(
+        f"Sampling 512 of 2,000 proposals ({DEVICE}, ms)",
+        rows,
+        (
+            "positives",
+            "calls in a row",
+            "random (detectron2)",
+            "both Libra samplers",
+            "16 images, one call",
+            "16 images / 1",
+        ),
+    )
+
+
+# ---- balanced feature pyramid
+
+
+class TextbookNonLocal2d(NonLocal2d):
+    """The same block with the matrix of attention weights in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta, phi, g = (conv(x).flatten(2) for conv in (self.theta, self.phi, self.g))
+        weights = (theta.transpose(1, 2) @ phi).softmax(dim=-1)
+        return x + self.conv_out((weights @ g.transpose(1, 2)).transpose(1, 2).reshape(x.shape))
+
+
+BLOCKS = {
+    "textbook": TextbookNonLocal2d,
+    "libra_d2": NonLocal2d,
+    "no block": lambda channels: nn.Identity(),
+}
+
+
+def make_bfp_step(block: str) -> Callable[[], None]:
+    """Forward and backward of BFP with 256 channels and P4 of 50x84, that of 800x1333 pixels."""
+    torch.manual_seed(0)
+    bfp = BalancedFeaturePyramid(256, 5, refine_type="none")
+    bfp.refine = BLOCKS[block](256)
+    bfp.to(DEVICE)
+    sizes = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
+    levels = [torch.randn(1, 256, *size, device=DEVICE, requires_grad=True) for size in sizes]
+
+    def step() -> None:
+        loss = sum(level.sum() for level in bfp(levels))
+        torch.autograd.grad(loss, [*levels, *bfp.parameters()])
+
+    return step
+
+
+def peak_memory(step: Callable[[], None]) -> float:
+    """The most that torch's allocator hands out during a step, beyond what it had, in MiB."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")
+    with profile(activities=activities, profile_memory=True) as profiler:
+        step()
+    # The public tables add up an operator's allocations; a peak needs them in their order.
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes)) / 2**20
+
+
+def benchmark_bfp(repeats: int) -> None:
+    names = ("textbook", "libra_d2")
+    steps = {name: make_bfp_step(name) for name in BLOCKS}
+    seconds = measure({name: steps[name] for name in names}, repeats)
+    peaks = {name: peak_memory(step) for name, step in steps.items()}
+    rows = [
+        (name, 1000 * seconds[name], peaks[name], peaks[name] - peaks["no block"]) for name in names
+    ]
+    rows.append(("ratio", *(rows[1][i] / rows[0][i] for i in (1, 2, 3))))
+    show(
+        f"BFP with non-local block, P4 of 50x84, forward and backward ({DEVICE})",
+        rows,
+        ("form", "ms", "peak memory, MiB", "of it more than without the block, MiB"),
+    )
+
+
+# ---- matching of Mutual Guidance
+
+
+def benchmark_matching(repeats: int) -> None:
+    """Both labellings of one image against detectron2's one, on all anchors of 800x1216."""
+    anchors = make_anchors((800, 1216)).to(DEVICE)
+    gt = make_inputs((800, 1216), num_images=1, num_objects=30)[0]["instances"].to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(1, len(anchors), 80, generator=generator) - 4).to(DEVICE)
+    deltas = (torch.randn(1, len(anchors), 4, generator=generator) * 0.1).to(DEVICE)
+    max_iou = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
+    guided = MutualGuidanceMatcher(sigma=2.0, positive_iou=0.5, negative_iou=0.4)
+    transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
+    with EventStorage():
+        seconds = measure(
+            {
+                "pairwise_iou + Matcher (detectron2)": lambda: max_iou(
+                    pairwise_iou(gt.gt_boxes, anchors)
+                ),
+                "Mutual Guidance": lambda: guided(anchors, logits, deltas, [gt], transform),
+            },
+            repeats,
+        )
+    plain = next(iter(seconds.values()))
+    show(
+        f"Matching 30 objects with {len(anchors):,} anchors ({DEVICE})",
+        [(name, 1000 * value, value / plain) for name, value in seconds.items()],
+        ("matching", "ms", "ratio"),
+    )
+
+
+def make_anchors(size: tuple[int, int]) -> Boxes:
+    """RetinaNet's anchors of an image, levels P3 to P7."""
+    cfg = load_config(str(CONFIGS / "Base-RetinaNet.yaml"))
+    strides = [8, 16, 32, 64, 128]
+    generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
+    features = [torch.zeros(1, 1, *(-(-side // stride) for side in size)) for stride in strides]
+    return Boxes.cat(generator(features))
+
+
+# ---- importance-based reweighting
+
+
+def make_box_loss_step(*opts: str) -> Callable:
+    """Losses of the box head for 2 images with 512 ROIs each, 256 of all positive; and backward."""
+    cfg = load_config(str(CONFIGS / "Base-RCNN-FPN.yaml"), opts)
+    torch.manual_seed(0)
+    predictor = LibraFastRCNNOutputLayers(cfg, ShapeSpec(channels=1024)).to(DEVICE)
+    proposals = []
+    for _ in range(2):
+        image = Instances((800, 1216))
+        corner, gt_indices = torch.rand(512, 2) * 700, torch.randint(20, (512,))
+        image.proposal_boxes = Boxes(torch.cat([corner, corner + 50], dim=1))
+        gt_corner = torch.rand(20, 2) * 700
+        image.gt_boxes = Boxes(torch.cat([gt_corner, gt_corner + 60], dim=1)[gt_indices])
+        image.gt_classes = torch.where(torch.arange(512) < 128, gt_indices * 3, 80)
+        image.gt_indices = gt_indices
+        proposals.append(image.to(DEVICE))
+    logits = torch.randn(1024, 81, device=DEVICE, requires_grad=True)
+    deltas = torch.randn(1024, 320, device=DEVICE, requires_grad=True)
+
+    def step() -> None:
+        with EventStorage():
+            losses = predictor.losses((logits, deltas), proposals)
+        torch.autograd.grad(sum(losses.values()), (logits, deltas))
+
+    return step
+
+
+def benchmark_reweighting(repeats: int) -> None:
+    seconds = measure(
+        {
+            "plain": make_box_loss_step(),
+            "ISR-P": make_box_loss_step("MODEL.PISA.ISR_POSITIVE.ENABLED", "True"),
+            "ISR-P and CARL": make_box_loss_step(
+                *("MODEL.PISA.ISR_POSITIVE.ENABLED", "True", "MODEL.PISA.CARL.ENABLED", "True")
+            ),
+        },
+        repeats=repeats * 10,
+    )
+    plain = seconds["plain"]
+    show(
+        f"Losses of the box head, 2 images with 256 positives, forward and backward ({DEVICE})",
+        [(name, 1000 * value, 1000 * (value - plain)) for name, value in seconds.items()],
+        ("losses", "ms", "more than plain, ms"),
+    )
