@@ -17,8 +17,9 @@ from toys import BASELINE, CONFIGS, LIBRA, run_tool, small_config
 
 from libra_d2 import Detector
 from libra_d2.deploy.agreement import EXACT, HALF, check_agreement, compare
-from libra_d2.deploy.export import check_exportable, export_model, open_exported
+from libra_d2.deploy.export import check_exportable, export_model, open_exported, smallest_side
 from libra_d2.deploy.exportable import Exportable
+from libra_d2.deploy.graph import DetectorGraph
 from libra_d2.deploy.plain import make_plain
 
 MASK = ("MODEL.MASK_ON", True)
@@ -40,7 +41,7 @@ def detector(kind, *opts):
 def test_it_finds_the_same(kind, format, tmp_path):
     model, reference = detector(kind)
     if (kind, format) == ("cascade", "script"):
-        with pytest.raises(ValueError, match="a cascade cannot be scripted; torchscript"):
+        with pytest.raises(ValueError, match="a cascade cannot be scripted; the other formats"):
             export_model(model, tmp_path / "x", format=format, image=make_image((64, 64))[None])
         return
     batch = 1 if kind == "cascade" else 2
@@ -52,6 +53,49 @@ def test_it_finds_the_same(kind, format, tmp_path):
     report = check_agreement(reference.eval(), exported, images, EXACT, 0.05)
     assert [(e["height"], e["width"]) for e in report] == list(SIZES)
     assert all(e["objects"] > 0 for e in report)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "clipped"])
+def test_the_graph_of_it_finds_the_same(kind):
+    opts = ("MODEL.RETINANET.CLIP_BOXES", "before_nms") if kind == "clipped" else ()
+    model, reference = detector("retinanet" if kind == "clipped" else kind, *opts)
+    graph, black = DetectorGraph(model).eval(), torch.zeros(1, 3, 160, 160)
+    images = [torch.stack([make_image(size), make_image(size) / 2]) for size in SIZES]
+    with torch.no_grad():
+        for image in (*images, black):
+            expected, got = reference.eval()(image), graph(image)
+            assert len(expected) == len(got)
+            for one, other in zip(expected, got, strict=True):
+                assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.slow  # half a minute each; the tool's test below exports a Faster R-CNN
+@pytest.mark.parametrize("kind", ["mask", "cascade", "retinanet"])
+def test_torch_export(kind, tmp_path):
+    model, reference = detector(kind)
+    least = smallest_side(model, "torch-export")
+    assert least == (129 if kind == "retinanet" else 65)
+    images = [make_image(size)[None] for size in ((least + 64, 320), (288, 160), (least, least))]
+    file = tmp_path / "model.pt2"
+    export_model(model, file, format="torch-export", image=images[0])
+    exported = open_exported(file, "torch-export")
+    check_agreement(reference.eval(), exported, images, EXACT, 0.05)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        exported(make_image((least - 1, 320))[None])
+
+
+def test_what_torch_export_can_not_take(tmp_path, capsys):
+    class Deciding(torch.nn.Module):
+        size_divisibility, padding_constraints = 32, {}
+
+        def forward(self, x):
+            return {} if x.sum() > 0 else {"p2": x}
+
+    model = make_model("faster")
+    model.backbone = Deciding()
+    with pytest.raises(ValueError, match="^torch.export can't take this model; onnx and .* may: "):
+        export_model(model, tmp_path / "x", format="torch-export", image=make_image((96, 96))[None])
+    assert not list(tmp_path.iterdir()) and "def forward" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,7 +204,9 @@ def run_folder(tmp_path_factory):
 
 
 class TestTool:
-    @pytest.mark.parametrize(("format", "end"), [("onnx", "onnx"), ("script", "pt")])
+    @pytest.mark.parametrize(
+        ("format", "end"), [("onnx", "onnx"), ("script", "pt"), ("torch-export", "pt2")]
+    )
     def test_the_script_beside_it_finds_the_same(self, run_folder, tmp_path, format, end):
         images = [run_folder / f"{i}.png" for i in range(3)]
         out = tmp_path / f"model.{end}"

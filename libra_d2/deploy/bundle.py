@@ -17,16 +17,11 @@ from libra_d2.engine.own_data import register_data
 from libra_d2.inference.detector import Detector
 
 from .agreement import EXACT, HALF, check_agreement
-from .export import FORMATS, check_exportable, export_model, open_exported
+from .export import FORMATS, check_exportable, export_model, open_exported, smallest_side
 from .exportable import Exportable
 
 __all__ = ["bundle_files", "export_detector"]
 
-_SCRIPTS = {
-    "onnx": "run_onnx.py",
-    "torchscript": "run_torchscript.py",
-    "script": "run_torchscript.py",
-}
 # Of the size that the config tests at: three images are compared at.
 _SCALES = ((1.0, 1.0), (0.75, 0.6), (0.55, 0.85))
 
@@ -69,7 +64,7 @@ def export_detector(
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     record = _describe(detector, format, batch, half)
-    samples = _samples(detector, images or _test_images(detector), batch)
+    samples = _samples(detector, images or _test_images(detector), batch, format)
 
     def write(path: str) -> None:
         export_model(detector.model, path, format=format, image=samples[0], half=half)
@@ -86,7 +81,8 @@ def export_detector(
     write_whole(str(file), write)
     record["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     write_whole(str(about), lambda path: Path(path).write_text(json.dumps(record, indent=1)))
-    text = (Path(__file__).parent / _SCRIPTS[format]).read_text().replace("MODEL", file.name, 2)
+    script_of = "run_onnx.py" if format == "onnx" else "run_torch.py"
+    text = (Path(__file__).parent / script_of).read_text().replace("MODEL", file.name, 2)
     write_whole(str(script), lambda path: Path(path).write_text(text))
     return record
 
@@ -106,6 +102,7 @@ def _describe(detector: Detector, format: str, batch: int, half: bool) -> dict:
             "range": [0, 255],
             "channels": detector.cfg.INPUT.FORMAT,
             "batch": batch,
+            "smallest_side": smallest_side(detector.model, format),
             **_sides(detector),
         },
         "outputs": Exportable(detector.model).outputs,
@@ -140,13 +137,16 @@ def _test_images(detector: Detector) -> list[str]:
     return [record["file_name"] for record in records[: len(_SCALES)]]
 
 
-def _samples(detector: Detector, images: Sequence[str | Path], batch: int) -> list[Tensor]:
+def _samples(
+    detector: Detector, images: Sequence[str | Path], batch: int, format: str
+) -> list[Tensor]:
     """Batches (N, 3, H, W) of three sizes, on the detector's device."""
     device, samples = detector.model.device, []
+    least = max(32, smallest_side(detector.model, format))
     for i, (tall, wide) in enumerate(_SCALES):
         own = [detector.preprocess(images[(i + j) % len(images)])["image"] for j in range(batch)]
         height, width = own[0].shape[1:]
-        size = (max(32, int(height * tall)), max(32, int(width * wide)))
+        size = (max(least, int(height * tall)), max(least, int(width * wide)))
         samples.append(
             torch.cat([F.interpolate(x[None], size=size, mode="bilinear") for x in own]).to(device)
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,13 +17,14 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from .exportable import Exportable, Traceable
+from .graph import DetectorGraph
 from .half import compute_in
 from .plain import make_plain
 
-__all__ = ["FORMATS", "check_exportable", "export_model", "open_exported"]
+__all__ = ["FORMATS", "check_exportable", "export_model", "open_exported", "smallest_side"]
 
 # With what their files end.
-FORMATS = {"torchscript": ".pt", "script": ".pt", "onnx": ".onnx"}
+FORMATS = {"torchscript": ".pt", "script": ".pt", "onnx": ".onnx", "torch-export": ".pt2"}
 _NEEDED = {"onnx": ("onnx", "onnxruntime")}
 _OPSET = 17
 _FIELDS = {"pred_boxes": Boxes, "scores": Tensor, "pred_classes": Tensor}
@@ -56,13 +58,13 @@ def check_exportable(model: nn.Module, format: str, half: bool = False) -> None:
         raise ValueError("keypoints cannot be exported")
     if format == "script":
         if half:
-            raise ValueError("script has no half precision; torchscript and onnx have")
+            raise ValueError("script has no half precision; the other formats have")
         if isinstance(heads, CascadeROIHeads):
-            raise ValueError("a cascade cannot be scripted; torchscript (traced) and onnx take it")
+            raise ValueError("a cascade cannot be scripted; the other formats take it")
         if getattr(model, "clip_before_nms", False):
             raise ValueError(
-                "MODEL.RETINANET.CLIP_BOXES before_nms cannot be scripted; torchscript (traced) "
-                "and onnx take it"
+                "MODEL.RETINANET.CLIP_BOXES before_nms cannot be scripted; the other formats take "
+                "it"
             )
 
 
@@ -72,7 +74,7 @@ def export_model(
     """Writes a detector to a file, from whose inputs and outputs those of ``Exportable`` are.
 
     A scripted one takes any number of images, others as many as ``image`` has; all take any height
-    and width.
+    and width from :func:`smallest_side` on.
 
     Args:
         model: detectron2's, in evaluation mode.
@@ -80,7 +82,7 @@ def export_model(
         format: one of ``FORMATS``.
         image: an example (N, 3, H, W), float32 in [0, 255], on the model's device.
         half: whether backbone and heads compute in half precision: bfloat16 on a CPU for
-            torchscript, else float16. Inputs, outputs and boxes are float32.
+            torchscript and torch-export, else float16. Inputs, outputs and boxes are float32.
 
     Raises:
         ValueError: if the detector can't be exported.
@@ -89,8 +91,11 @@ def export_model(
     if format == "script":
         model = make_plain(model)  # the others trace a balanced pyramid as it is, for all sizes
     elif half:
-        on_cpu = image.device.type == "cpu" and format == "torchscript"
+        on_cpu = image.device.type == "cpu" and format != "onnx"
         model = compute_in(torch.bfloat16 if on_cpu else torch.float16, model)
+    if format == "torch-export":
+        _export_graph(model, file, image)
+        return
     exportable = Exportable(model).eval()
     with torch.no_grad(), _quietly():
         if format == "script":
@@ -118,6 +123,32 @@ def export_model(
             )
 
 
+def smallest_side(model: nn.Module, format: str) -> int:
+    """The smallest height and width, in pixels, of images that a file takes."""
+    if format != "torch-export":
+        return 1
+    # A graph of torch.export does not hold for a level of one cell beside those of more.
+    anchors = model if isinstance(model, RetinaNet) else model.proposal_generator
+    return max(anchors.anchor_generator.strides) + 1
+
+
+def _export_graph(model: nn.Module, file: str | Path, image: Tensor) -> None:
+    side = torch.export.Dim.AUTO(min=smallest_side(model, "torch-export"))
+    graph = DetectorGraph(model).eval()
+    try:
+        # Before it fails it prints the graph it has, thousands of lines.
+        with torch.no_grad(), _quietly(), contextlib.redirect_stderr(io.StringIO()):
+            program = torch.export.export(
+                graph, (image,), dynamic_shapes={"images": {2: side, 3: side}}, strict=False
+            )
+    except RuntimeError as error:  # such as a backbone whose decisions depend on sizes
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"torch.export can't take this model; onnx and torchscript may: {reason}"
+        ) from error
+    torch.export.save(program, str(file))
+
+
 def open_exported(file: str | Path, format: str) -> Callable[[Tensor], Sequence[Tensor]]:
     """What a file computes, as a function from images to the outputs of ``Exportable``."""
     if format == "onnx":
@@ -127,6 +158,8 @@ def open_exported(file: str | Path, format: str) -> Callable[[Tensor], Sequence[
         return lambda images: [
             torch.from_numpy(x) for x in session.run(None, {"images": images.cpu().numpy()})
         ]
+    if format == "torch-export":
+        return torch.export.load(str(file)).module()
     return torch.jit.load(str(file))
 
 

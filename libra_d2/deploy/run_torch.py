@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 
 FILE = Path(__file__).with_suffix("")
 ABOUT = json.loads(Path(f"{FILE}.json").read_text())
-MODEL = torch.jit.load(str(FILE))
+IS_GRAPH = ABOUT["format"] == "torch-export"
+MODEL = torch.export.load(str(FILE)).module() if IS_GRAPH else torch.jit.load(str(FILE))
 
 
 def detect(image: Image.Image) -> dict[str, np.ndarray]:
