@@ -146,7 +146,8 @@ def _export_graph(model: nn.Module, file: str | Path, image: Tensor) -> None:
         raise ValueError(
             f"torch.export can't take this model; onnx and torchscript may: {reason}"
         ) from error
-    torch.export.save(program, str(file))
+    with open(file, "wb") as stream:  # of a name it asks for one end
+        torch.export.save(program, stream)
 
 
 def open_exported(file: str | Path, format: str) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -159,7 +160,8 @@ def open_exported(file: str | Path, format: str) -> Callable[[Tensor], Sequence[
             torch.from_numpy(x) for x in session.run(None, {"images": images.cpu().numpy()})
         ]
     if format == "torch-export":
-        return torch.export.load(str(file)).module()
+        with open(file, "rb") as stream:
+            return torch.export.load(stream).module()
     return torch.jit.load(str(file))
 
 

@@ -193,10 +193,13 @@ def _top(scores: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
     """Which boxes non-maximum suppression in each group keeps, highest scores first."""
-    # Far enough apart that groups do not overlap; in float64, where they move nothing.
-    extent = torch.cat([boxes, boxes.new_zeros(1, 4)]).amax() + 1
-    apart = boxes.double() + (groups.double() * extent.double())[:, None]
-    return nms(apart, scores.double(), threshold)
+    # Two boxes of no group, which come last: torchvision promises a graph that two are kept.
+    boxes = torch.cat([boxes, boxes.new_tensor([[0, 0, 1, 1]] * 2)]).double()
+    scores = torch.cat([scores.double(), boxes.new_full((2,), -torch.inf)])
+    groups = torch.cat([groups, groups.new_tensor([-1, -2])])
+    # Groups so far apart that they do not overlap; in float64, where that changes no IoU.
+    extent = boxes.amax() - boxes.amin() + 1
+    return nms(boxes + (groups * extent)[:, None], scores, threshold)[:-2]
 
 
 def _first(keep: Tensor, most: int, *fields: Tensor) -> tuple[Tensor, ...]:
