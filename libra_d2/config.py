@@ -38,6 +38,7 @@ def add_libra_config(cfg: CfgNode) -> None:
     _add_pisa(cfg)
     _add_retinanet(cfg)
     _add_training(cfg)
+    _add_following(cfg)
     _add_speed(cfg)
 
 
@@ -188,6 +189,28 @@ def _add_training(cfg: CfgNode) -> None:
     cfg.SOLVER.MAX_TO_KEEP = 0
     # How many steps whose losses or gradients are not finite it leaves out before it stops.
     cfg.SOLVER.MAX_SKIPPED = 0
+
+
+def _add_following(cfg: CfgNode) -> None:
+    """What a run shows of itself (docs/runs.md)."""
+    # A moving average of the weights, of which a step keeps at most the share DECAY: what is
+    # evaluated, and what checkpoints have as their model.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    cfg.SOLVER.EMA.DECAY = 0.9998
+    # Logs grad_norm, the gradients' norm before they are clipped.
+    cfg.SOLVER.LOG_GRAD_NORM = False
+    # The metric of an evaluation, such as "bbox/AP", whose best keeps model_best.pth; of one with
+    # "loss" in its name the lowest is best. Empty for none.
+    cfg.TEST.BEST_METRIC = ""
+    # After how many evaluations without a better one the run ends; 0 for never.
+    cfg.TEST.PATIENCE = 0
+    # Whether evaluations measure the losses too, as validation/...
+    cfg.TEST.LOSSES = False
+    # Whether the AP of each class is logged.
+    cfg.TEST.AP_PER_CLASS = True
+    # How many images with what is found in them go to TensorBoard at each evaluation.
+    cfg.TEST.NUM_SHOWN = 0
 
 
 def _add_speed(cfg: CfgNode) -> None:

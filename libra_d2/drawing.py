@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["color_of", "draw", "make_sheet"]
+__all__ = ["color_of", "draw", "draw_groups", "make_sheet", "shrink"]
 
 _GAP = 6  # pixels between the tiles of a sheet
 _GOLDEN = 0.618034  # of the circle of hues: neighbours differ the most
@@ -69,6 +69,42 @@ def draw(
         color = color_of(int(class_ids[i]))
         _write(pen, labels[i], boxes[i, 0], boxes[i, 1], color, font, picture.size)
     return np.asarray(picture)
+
+
+def draw_groups(
+    image: np.ndarray, groups: Sequence[tuple[str, tuple[int, int, int], np.ndarray]]
+) -> np.ndarray:
+    """Draws groups of boxes on a copy of an image, the last above the others, with a legend below.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        groups: of each its name, its colour, RGB, and its boxes (N, 4), corners in pixels.
+
+    Returns:
+        (H + legend, W, 3) uint8, RGB.
+    """
+    side = max(image.shape[:2])
+    font, width = _font(max(11, round(side / 55))), max(1, round(side / 500))
+    line = font.size + 6
+    ground = np.full((line * len(groups) + 6, image.shape[1], 3), 40, np.uint8)
+    picture = Image.fromarray(np.concatenate([image, ground]))
+    pen = ImageDraw.Draw(picture)
+    for i, (name, color, boxes) in enumerate(groups):
+        for box in np.asarray(boxes).tolist():
+            pen.rectangle(box, outline=color, width=width)
+        y = image.shape[0] + 4 + i * line
+        pen.rectangle((4, y, 4 + font.size, y + font.size), fill=color)
+        pen.text((10 + font.size, y), name, fill="white", font=font)
+    return np.asarray(picture)
+
+
+def shrink(image: np.ndarray, longest: int) -> np.ndarray:
+    """An image (H, W, 3) uint8 whose longer side is at most so many pixels."""
+    scale = longest / max(image.shape[:2])
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
 def _write(pen, text: str, x: float, y: float, color: tuple, font, size: tuple[int, int]) -> None:

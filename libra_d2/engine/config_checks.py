@@ -107,6 +107,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "SOLVER.BASE_LR SOLVER.BASE_LR_END SOLVER.WEIGHT_DECAY SOLVER.WEIGHT_DECAY_NORM "
         "SOLVER.BIAS_LR_FACTOR SOLVER.GAMMA SOLVER.WARMUP_FACTOR SOLVER.WARMUP_ITERS "
         "SOLVER.REFERENCE_WORLD_SIZE SOLVER.MAX_TO_KEEP SOLVER.MAX_SKIPPED DATALOADER.NUM_WORKERS "
+        "TEST.PATIENCE TEST.NUM_SHOWN "
         "DATALOADER.MAX_BAD_IMAGES DATALOADER.REPEAT_THRESHOLD INPUT.MIN_SIZE_TEST "
         "TEST.EVAL_PERIOD VIS_PERIOD MODEL.BACKBONE.FREEZE_AT MODEL.PROPOSAL_GENERATOR.MIN_SIZE "
         "MODEL.RPN.LOSS_WEIGHT MODEL.RPN.BBOX_REG_LOSS_WEIGHT MODEL.RPN.SMOOTH_L1_BETA "
@@ -126,7 +127,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "MODEL.ROI_HEADS.NMS_THRESH_TEST MODEL.ROI_HEADS.SCORE_THRESH_TEST "
         "MODEL.RETINANET.NMS_THRESH_TEST MODEL.RETINANET.SCORE_THRESH_TEST",
     ),
-    ("in [0.0, 1.0)", lambda value: 0 <= value < 1, "SOLVER.MOMENTUM"),
+    ("in [0.0, 1.0)", lambda value: 0 <= value < 1, "SOLVER.MOMENTUM SOLVER.EMA.DECAY"),
     ("in [1e-09, 1)", lambda value: 1e-9 <= value < 1, "MODEL.RETINANET.PRIOR_PROB"),
     (
         "at least 1, or -1 for all",
@@ -199,6 +200,11 @@ def check_config(cfg: CfgNode) -> None:
     for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
         what = f"{channels} numbers, of the channels of INPUT.FORMAT {cfg.INPUT.FORMAT}"
         _require(len(get_key(cfg, key)) == channels, key, what, cfg)
+    for key in ("TEST.BEST_METRIC", "TEST.LOSSES", "TEST.NUM_SHOWN"):
+        if get_key(cfg, key) and cfg.TEST.EVAL_PERIOD == 0:
+            raise ValueError(f"{key} {get_key(cfg, key)} needs a TEST.EVAL_PERIOD above 0")
+    needs = "0 without a TEST.BEST_METRIC"
+    _require(not cfg.TEST.PATIENCE or bool(cfg.TEST.BEST_METRIC), "TEST.PATIENCE", needs, cfg)
     check_switches_are_read(cfg)
     for name in ("RETINANET",) if is_one_stage else ("RPN", "ROI_HEADS"):
         thresholds, labels = cfg.MODEL[name].IOU_THRESHOLDS, f"MODEL.{name}.IOU_LABELS"

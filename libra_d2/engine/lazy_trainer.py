@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from detectron2.utils.registry import locate
@@ -80,6 +84,28 @@ class LazyTrainer(LibraTrainer):
         loader = _of_data_set(cfg, dataset_name).dataloader.test
         if _target(loader) is not build_detection_test_loader:
             return instantiate(loader)
+        return test_loader_of(_arguments(loader))
+
+    @classmethod
+    def build_loss_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
+        """``dataloader.test``, with the annotations that ``dataloader.train`` has.
+
+        Raises:
+            ValueError: if they are not detectron2's.
+        """
+        loader = _of_data_set(cfg, dataset_name).dataloader.test
+        mapper = loader.get("mapper")
+        is_known = _target(loader) is build_detection_test_loader and mapper is not None
+        if not is_known or _target(mapper) is not DatasetMapper:
+            raise ValueError(
+                "TEST.LOSSES needs detectron2's build_detection_test_loader and DatasetMapper in "
+                "dataloader.test"
+            )
+        mapper.is_train = True
+        trained = cfg.lazy.dataloader.train.get("mapper") or {}
+        for name in ("use_instance_mask", "use_keypoint", "instance_mask_format"):
+            if name in trained:
+                mapper[name] = trained[name]
         return test_loader_of(_arguments(loader))
 
     @classmethod

@@ -5,6 +5,7 @@ import gc
 import logging
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from detectron2.config import CfgNode
@@ -15,6 +16,7 @@ from .checks import check_weights_of_run
 from .plain_errors import plain_errors
 from .stopping import NonFiniteError
 from .trainer import LibraTrainer
+from .validation import mean_losses
 
 __all__ = ["rehearse"]
 
@@ -58,6 +60,9 @@ def rehearse(
                 with torch.no_grad():
                     evaluator.process(batch, trainer.checkpointer.model(batch))
                 break
+            if cfg.TEST.LOSSES:
+                first = islice(trainer.build_loss_loader(trial, name), 1)
+                mean_losses(trainer.checkpointer.model, first)
     del trainer
     gc.collect()
     torch.cuda.empty_cache()

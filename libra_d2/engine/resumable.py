@@ -9,12 +9,14 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, inference_context
 from detectron2.utils import comm
 from torch import nn
 
 from libra_d2.data.loader import LoadingError
 
+from .average import WeightAverage
+from .following import show_predictions
 from .hooks import Checkpoints, Writer
 from .random_state import (
     get_random_state,
@@ -22,7 +24,15 @@ from .random_state import (
     set_random_state,
     set_running_numbers,
 )
-from .stopping import STATUSES, NonFiniteError, Signals, StoppedError, how_to_resume
+from .stopping import (
+    STATUSES,
+    FinishedEarly,
+    NonFiniteError,
+    Signals,
+    StoppedError,
+    how_to_resume,
+)
+from .validation import mean_losses
 from .weights import find_checkpoint, has_final_checkpoint
 
 __all__ = ["ResumableTrainer"]
@@ -34,10 +44,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class ResumableTrainer(DefaultTrainer):
     """Saves all that decides how training goes on, and ends a run with a sentence, not a traceback.
 
-    A subclass's constructor makes the parts of detectron2's, and ``signals``.
+    A subclass's constructor makes the parts of detectron2's, ``signals`` and ``average``.
     """
 
     signals: Signals
+    average: WeightAverage | None
 
     # What is called once, when the first checkpoint that was due is saved.
     on_periodic_checkpoint: Callable[[], None] | None = None
@@ -69,9 +80,15 @@ class ResumableTrainer(DefaultTrainer):
         """The parent's; training draws the same random numbers whether or not it was called."""
         state = get_random_state()
         try:
-            return super().test(cfg, model, evaluators)
+            results = super().test(cfg, model, evaluators)
         finally:
             set_random_state(state)
+        return results if cfg.TEST.AP_PER_CLASS else _without_classes(results)
+
+    @property
+    def tested_model(self) -> nn.Module:
+        """What is evaluated: the average of the weights where there is one."""
+        return self.average.module if self.average else self.model
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last whole checkpoint, if it is to be resumed from; or ``MODEL.WEIGHTS``.
@@ -82,8 +99,14 @@ class ResumableTrainer(DefaultTrainer):
         last = comm.all_gather(self.checkpointer.get_checkpoint_file() if resume else "")[0]
         if not last:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+            if self.average:
+                self.average.reset()
             return
         rest = self.checkpointer.load(last)
+        if self.average and not self.average.is_loaded:  # it was not kept then
+            self.average.reset()
+        if "average" in rest:  # it is no longer kept: goes on with what was trained
+            self.checkpointer.model.load_state_dict(rest["average"]["trained"])
         self.start_iter = self.iter + 1
         states = rest.get("processes", [])
         loader = self._trainer.data_loader
@@ -172,7 +195,20 @@ class ResumableTrainer(DefaultTrainer):
             if is_trained and not comm.all_gather(is_saved)[0]:
                 self.iter = self.start_iter - 1
                 self.save_final_checkpoint()
-            return super().train()
+            try:
+                return super().train()
+            except FinishedEarly as finished:
+                self._finish_early(finished.reason)
+                return getattr(self, "_last_eval_results", None)
+
+    def _finish_early(self, reason: str) -> None:
+        logging.getLogger(__name__).info("finished early: %s", reason)
+        if not hasattr(self, "_last_eval_results"):  # found out before the first step
+            self.iter = self.start_iter - 1
+            is_saved = has_final_checkpoint(Path(self.cfg.OUTPUT_DIR), self.iter)
+            if comm.all_gather(is_saved)[0]:
+                return
+        self.save_final_checkpoint()
 
     def run_step(self) -> None:
         """A step; what makes it fail is told with how to go on."""
@@ -216,7 +252,7 @@ class ResumableTrainer(DefaultTrainer):
         self.signals.at_once = comm.get_world_size() == 1
         self._last_eval_results = {}
         try:
-            self._last_eval_results = self.test(self.cfg, self.model)
+            self._last_eval_results = self._measure()
         except StoppedError:
             self._stop_by_signal(self.signals.received)
         except LoadingError as error:
@@ -230,3 +266,31 @@ class ResumableTrainer(DefaultTrainer):
         finally:
             self.signals.at_once = False
         return self._last_eval_results
+
+    def _measure(self) -> dict:
+        """Scores, and what else the keys of ``TEST`` ask for."""
+        cfg, model = self.cfg, self.tested_model
+        results = self.test(cfg, model)
+        state = get_random_state()  # a loader draws
+        try:
+            set_running_numbers(model, get_running_numbers(self.checkpointer.model))
+            for name in cfg.DATASETS.TEST if cfg.TEST.LOSSES else ():
+                losses = mean_losses(model, self.build_loss_loader(cfg, name))
+                of_set = results if len(cfg.DATASETS.TEST) == 1 else results.setdefault(name, {})
+                of_set["validation"] = losses
+            if cfg.TEST.NUM_SHOWN and cfg.DATASETS.TEST and comm.is_main_process():
+                loader = self.build_test_loader(cfg, cfg.DATASETS.TEST[0])
+                with inference_context(model):
+                    show_predictions(cfg, model, loader, self.storage.put_image)
+        finally:
+            set_random_state(state)
+        return results
+
+
+def _without_classes(results: dict) -> dict:
+    """Results without the AP of single classes, at whatever depth."""
+    return type(results)(
+        (name, _without_classes(value) if isinstance(value, dict) else value)
+        for name, value in results.items()
+        if not name.startswith("AP-")
+    )

@@ -6,13 +6,13 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import HookBase, default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -81,15 +81,31 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(
+    argv: list[str] | None = None,
+    *,
+    trainer_class: type[LibraTrainer] | None = None,
+    make_hooks: Sequence[Callable[[CfgNode], HookBase]] = (),
+) -> None:
     """Trains, or with ``--eval-only`` evaluates.
 
     Args:
         argv: the command line without the program's name; None for this process's own.
+        trainer_class: instead of :class:`LibraTrainer`, or of :class:`LazyTrainer` for a
+            LazyConfig, of which it is a subclass.
+        make_hooks: functions from the run's config to a hook that the trainer gets beside its own;
+            with several processes, of a module's own, to be handed on.
+
+    Raises:
+        TypeError: if the class does not fit the config.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     is_lazy = str(args.config_file).endswith(".py")
+    default_class = LazyTrainer if is_lazy else LibraTrainer
+    trainer_class = trainer_class or default_class
+    if not issubclass(trainer_class, default_class):
+        raise TypeError(f"trainer_class must be a {default_class.__name__}, got {trainer_class}")
     with one_sentence_errors(parser.prog, args.debug, in_places if is_lazy else str):
         if not args.config_file:
             raise ValueError("give a config with --config-file")
@@ -102,9 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         opts += ["OUTPUT_DIR", args.output] if args.output else []
         opts += args.opts
         settle = partial(take_from_data, eval_only=args.eval_only, opts=opts)
-        trainer_class = LibraTrainer
         if is_lazy:
-            trainer_class = LazyTrainer
             cfg = load_lazy_config(args.config_file, opts, settle=settle)
         else:
             cfg = load_config(args.config_file, opts, settle=settle)
@@ -122,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                 builds_model=args.eval_only or num_processes > 1,
                 trainer_class=trainer_class,
             )
-        main_args = (cfg, args, parser.prog, trainer_class)
+        main_args = (cfg, args, parser.prog, trainer_class, make_hooks)
         launch(_run_and_tell, args, cfg.MODEL.DEVICE, main_args)
 
 
@@ -154,7 +168,11 @@ def one_sentence_errors(
 
 
 def _run_and_tell(
-    cfg: CfgNode, args: argparse.Namespace, program: str, trainer_class: type[LibraTrainer]
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    program: str,
+    trainer_class: type[LibraTrainer],
+    make_hooks: Sequence[Callable[[CfgNode], HookBase]],
 ) -> None:
     """One process's part."""
     silence_known_warnings()
@@ -166,7 +184,7 @@ def _run_and_tell(
             with plain_errors(cfg):
                 _evaluate(cfg, args, trainer_class)
         else:
-            _train(cfg, args, trainer_class)
+            _train(cfg, args, trainer_class, make_hooks)
 
 
 def _evaluate(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[LibraTrainer]) -> None:
@@ -185,7 +203,12 @@ def _evaluate(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[LibraT
         verify_results(cfg, results)
 
 
-def _train(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[LibraTrainer]) -> None:
+def _train(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    trainer_class: type[LibraTrainer],
+    make_hooks: Sequence[Callable[[CfgNode], HookBase]],
+) -> None:
     output, is_main = Path(cfg.OUTPUT_DIR), comm.is_main_process()
     alone = contextlib.nullcontext
     with Signals() as signals:
@@ -202,6 +225,7 @@ def _train(cfg: CfgNode, args: argparse.Namespace, trainer_class: type[LibraTrai
             comm.synchronize()
             _setup(cfg, args, output)
             trainer = trainer_class(cfg)
+            trainer.add_hooks([make_hook(cfg) for make_hook in make_hooks])
             trainer.signals, trainer.on_periodic_checkpoint = signals, remove
             trainer.resume_or_load(resume=args.resume)
             if is_main:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from libra_d2.data.loader import LoadingError
@@ -29,6 +30,7 @@ class CheckedTrainer(SimpleTrainer):
         dtype: what to compute in where torch deems it safe. Gradients of float16 are scaled; of
             these, infinite ones are a matter of the scale.
         max_skipped: how many steps that are not finite may be left out.
+        logs_grad_norm: whether to log the gradients' norm, before they are clipped.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class CheckedTrainer(SimpleTrainer):
         *,
         dtype: torch.dtype = torch.float32,
         max_skipped: int = 0,
+        logs_grad_norm: bool = False,
     ):
         super().__init__(model, data_loader, optimizer)
         self.dtype = dtype
         self.device_type = next(model.parameters()).device.type
         self.grad_scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-        self.max_skipped = max_skipped
+        self.max_skipped, self.logs_grad_norm = max_skipped, logs_grad_norm
         self.num_skipped = 0
 
     def run_step(self) -> None:
@@ -95,12 +98,16 @@ class CheckedTrainer(SimpleTrainer):
     def _read(self, losses: dict[str, torch.Tensor]) -> tuple[dict[str, float], bool]:
         """The losses, and whether those and the gradients of all processes are finite."""
         values = [loss.detach().float() for loss in losses.values()]
-        if not self.grad_scaler.is_enabled():
+        is_scaled = self.grad_scaler.is_enabled()
+        if self.logs_grad_norm or not is_scaled:
             parameters = (p for group in self.optimizer.param_groups for p in group["params"])
             gradients = [p.grad for p in parameters if p.grad is not None]
             values.append(nn.utils.get_total_norm(gradients).float())
         numbers = torch.stack(values).tolist()
-        is_finite = all(map(math.isfinite, numbers))
+        is_finite = all(map(math.isfinite, numbers[: len(losses)] if is_scaled else numbers))
+        if self.logs_grad_norm:
+            norm = numbers[-1] / self.grad_scaler.get_scale()
+            get_event_storage().put_scalar("grad_norm", norm)
         if comm.get_world_size() > 1:
             is_finite = all(comm.all_gather(is_finite))
         return dict(zip(losses, numbers, strict=False)), is_finite

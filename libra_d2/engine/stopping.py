@@ -10,6 +10,7 @@ from types import FrameType
 __all__ = [
     "REQUEUE_STATUS",
     "STATUSES",
+    "FinishedEarly",
     "NonFiniteError",
     "Signals",
     "StoppedError",
@@ -34,6 +35,18 @@ class StoppedError(SystemExit):
     def __init__(self, sentence: str, status: int = 2):
         super().__init__(status)
         self.sentence = sentence
+
+
+class FinishedEarly(SystemExit):
+    """Ends the loop of a training that has nothing to gain.
+
+    Args:
+        reason: for the log.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(0)
+        self.reason = reason
 
 
 class NonFiniteError(ValueError):

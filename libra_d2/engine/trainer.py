@@ -3,10 +3,12 @@
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
@@ -26,12 +28,15 @@ from libra_d2.data.loader import (
     build_train_loader,
 )
 
+from .average import WeightAverage
 from .evaluators import choose_evaluator
+from .following import BestModel, SampledRois
 from .hooks import EpochLogger
 from .resumable import ResumableTrainer
 from .speed import amp_dtype, prepare_model
 from .step import CheckedTrainer
 from .stopping import Signals
+from .validation import loss_mapper
 from .weights import WeightsCheckpointer
 
 __all__ = ["LibraTrainer"]
@@ -68,12 +73,15 @@ class LibraTrainer(ResumableTrainer):
             optimizer,
             dtype=amp_dtype(cfg),
             max_skipped=cfg.SOLVER.MAX_SKIPPED,
+            logs_grad_norm=cfg.SOLVER.LOG_GRAD_NORM,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.average = WeightAverage(model, ema.DECAY) if (ema := cfg.SOLVER.EMA).ENABLED else None
         self.checkpointer = WeightsCheckpointer(
             self.model,
             cfg.OUTPUT_DIR,
             class_names=cfg.DATASETS.CLASS_NAMES,
+            average=self.average,
             trainer=weakref.proxy(self),
         )
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
@@ -155,6 +163,17 @@ class LibraTrainer(ResumableTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
+    def build_loss_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
+        """A loader of a data set to measure losses on.
+
+        Raises:
+            ValueError: if it has no annotations.
+        """
+        if "annotations" not in DatasetCatalog.get(dataset_name)[0]:
+            raise ValueError(f"TEST.LOSSES True: '{dataset_name}' has no annotations")
+        return build_test_loader(cfg, dataset_name, loss_mapper(cfg))
+
+    @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
@@ -172,17 +191,32 @@ class LibraTrainer(ResumableTrainer):
         return ret
 
     def build_hooks(self) -> list[HookBase]:
-        """The parent's; with ``TEST.AUG.ENABLED`` an evaluation with augmentation, at the end."""
-        ret = super().build_hooks()
-        if self.cfg.TEST.AUG.ENABLED:
-            # Before the writers, which come last, so that its numbers are written too.
-            writers = [i for i, hook in enumerate(ret) if isinstance(hook, hooks.PeriodicWriter)]
-            place = min(writers, default=len(ret))
-            ret.insert(place, hooks.EvalHook(0, self._test_with_augmentation))
+        """The parent's, and those that the config's keys of evaluation and pictures ask for."""
+        ret, cfg = super().build_hooks(), self.cfg
+        if self.average:
+            ret.insert(0, hooks.CallbackHook(after_step=_update_average))
+        if cfg.VIS_PERIOD and hasattr(self.checkpointer.model, "roi_heads"):
+            _insert(ret, SampledRois(cfg.VIS_PERIOD))
+        if cfg.TEST.AUG.ENABLED:
+            _insert(ret, hooks.EvalHook(0, self._test_with_augmentation))
+        if cfg.TEST.BEST_METRIC:
+            best = (cfg.TEST.EVAL_PERIOD, self.checkpointer, cfg.TEST.BEST_METRIC)
+            _insert(ret, BestModel(*best, cfg.TEST.PATIENCE))
         return ret
 
+    def add_hooks(self, added: Sequence[HookBase]) -> None:
+        """Registers hooks, before those that write what is logged.
+
+        Args:
+            added: in their order.
+        """
+        before, self._hooks = self._hooks, []
+        for hook in added:
+            _insert(before, hook)
+        self.register_hooks(before)
+
     def _test_with_augmentation(self) -> dict:
-        results = self.test_with_augmentation(self.cfg, self.model)
+        results = self.test_with_augmentation(self.cfg, self.tested_model)
         if comm.is_main_process():
             # Those that TEST.EXPECTED_RESULTS is compared with.
             self._last_eval_results = {**self._last_eval_results, **results}
@@ -197,3 +231,13 @@ class LibraTrainer(ResumableTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return {f"{name}_TTA": values for name, values in results.items()}
+
+
+def _update_average(trainer: LibraTrainer) -> None:
+    trainer.average.update()
+
+
+def _insert(registered: list[HookBase], hook: HookBase) -> None:
+    """Before the writers, which come last, so that its numbers are written too."""
+    writers = [i for i, other in enumerate(registered) if isinstance(other, hooks.PeriodicWriter)]
+    registered.insert(min(writers, default=len(registered)), hook)

@@ -19,6 +19,7 @@ from torch import nn
 from libra_d2.checkpoint import read_weights, write_whole
 from libra_d2.pickles import read_pickle
 
+from .average import WeightAverage
 from .stopping import NonFiniteError
 
 __all__ = [
@@ -40,6 +41,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         model: whose weights.
         save_dir: folder of the checkpoints.
         class_names: what checkpoints have beside the weights.
+        average: whose weights are those of the checkpoints; the model's own stand beside them.
         checkpointables: further parts of checkpoints.
     """
 
@@ -49,13 +51,22 @@ class WeightsCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         class_names: Sequence[str] = (),
+        average: WeightAverage | None = None,
         **checkpointables: Any,
     ):
+        if average:
+            checkpointables["average"] = average
         super().__init__(model, save_dir, **checkpointables)
+        self.average = average
         self.class_names = list(class_names)
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, *, is_last: bool = True, **kwargs: Any) -> None:
         """Writes a checkpoint, which appears whole or not at all.
+
+        Args:
+            name: of the file, without its end.
+            is_last: whether a resumed run is to go on from it.
+            kwargs: what it has beside the weights.
 
         Raises:
             NonFiniteError: if weights are not finite.
@@ -63,7 +74,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        model = self.model.state_dict()
+        model = (self.average.module if self.average else self.model).state_dict()
         broken = [key for key, value in model.items() if not _is_finite(value)]
         if broken:
             raise NonFiniteError(
@@ -74,7 +85,8 @@ class WeightsCheckpointer(DetectionCheckpointer):
         file = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
         write_whole(file, lambda beside: _save(content, beside))
-        self.tag_last_checkpoint(os.path.basename(file))
+        if is_last:
+            self.tag_last_checkpoint(os.path.basename(file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Notes the last checkpoint; the note is the former or the new one at any time."""
