@@ -23,7 +23,7 @@ demo: .venv/requirements
 	@$(PY) train_net.py --config-file configs/Demo/libra_faster_rcnn.yaml --overwrite \
 	  OUTPUT_DIR $(DEMO) $(ARGS)
 	@$(PY) tools/predict.py $(DEMO) digits_val --num-images 8 --sheet $(DEMO)/predictions.jpg --overwrite
-	@$(PY) tools/analyse.py $(DEMO)/metrics.json $(DEMO)/training.png
+	@$(PY) tools/analyse.py run $(DEMO) $(DEMO)/training.png --overwrite
 
 compare: .venv/requirements .venv/detectron2
 	@$(PY) tools/ablate.py tools/plans/demo.yaml --output output/compare $(ARGS)

@@ -1,5 +1,6 @@
 """The command-line tools, and what they refuse in one sentence."""
 
+import csv
 import hashlib
 import json
 
@@ -26,9 +27,17 @@ class TestAnalyse:
         ]
         records.append({"iteration": 60, "bbox/AP": 12.0})
         (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, records)))
-        result = run_tool("analyse.py", tmp_path / "metrics.json", tmp_path / "plots" / "out.png")
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "metrics.json").write_text(json.dumps({"iteration": 5, "total_loss": 1.0}) + "\n")
+        out = tmp_path / "plots" / "out.png"
+        result = run_tool("analyse.py", "run", tmp_path / "metrics.json", other, out)
         assert result.returncode == 0, result.stderr
-        assert cv2.imread(str(tmp_path / "plots" / "out.png")).shape[1] > 1000
+        assert cv2.imread(str(out)).shape[1] > 1000
+        with open(out.with_suffix(".csv")) as file:
+            rows = list(csv.DictReader(file))
+        assert {"metric": "bbox/AP", "value": "12.0"}.items() <= rows[-1 - 1].items()
+        assert rows[-1]["run"].endswith("/other") and rows[-1]["value"] == "1.0"
 
     @pytest.mark.parametrize(
         ("content", "output", "match"),
@@ -44,7 +53,7 @@ class TestAnalyse:
     def test_bad_input(self, content, output, match, tmp_path):
         if content is not None:
             (tmp_path / "metrics.json").write_text(content)
-        fails("analyse.py", [tmp_path / "metrics.json", tmp_path / output], match)
+        fails("analyse.py", ["run", tmp_path / "metrics.json", tmp_path / output], match)
         assert not (tmp_path / output).exists()
 
 
