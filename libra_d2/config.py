@@ -69,7 +69,9 @@ def _add_rpn(cfg: CfgNode) -> None:
     # As for the ROI heads, of those that need no predictions (Libra R-CNN, table 3).
     cfg.MODEL.RPN.POSITIVE_SAMPLER = "random"
     cfg.MODEL.RPN.NEGATIVE_SAMPLER = "random"
+    # Of NEGATIVE_SAMPLER "iou_balanced".
     cfg.MODEL.RPN.IOU_BALANCED = _iou_balanced()
+    # Of BBOX_REG_LOSS_TYPE "balanced_l1".
     cfg.MODEL.RPN.BALANCED_L1 = _balanced_l1(beta=1.0)
 
 
@@ -79,8 +81,9 @@ def _add_roi_heads(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_HEADS.POSITIVE_SAMPLER = "random"
     # "random", "iou_balanced", "ohem" or "score_hlr" (PISA's ISR-N).
     cfg.MODEL.ROI_HEADS.NEGATIVE_SAMPLER = "random"
+    # Of NEGATIVE_SAMPLER "iou_balanced".
     cfg.MODEL.ROI_HEADS.IOU_BALANCED = _iou_balanced()
-    # BBOX_REG_LOSS_TYPE "balanced_l1".
+    # Of BBOX_REG_LOSS_TYPE "balanced_l1".
     cfg.MODEL.ROI_BOX_HEAD.BALANCED_L1 = _balanced_l1(beta=1.0)
     # Former names of MODEL.PISA.ISR_NEGATIVE's keys; they count if they are given.
     cfg.MODEL.ROI_HEADS.SCORE_HLR = CfgNode()
@@ -90,9 +93,11 @@ def _add_roi_heads(cfg: CfgNode) -> None:
 
 def _iou_balanced() -> CfgNode:
     options = CfgNode()
+    # Of IoU, each of which gives as many negatives (Libra R-CNN, table 4).
     options.NUM_BINS = 3
-    # Negatives below this IoU form a set of their own, which gives FLOOR_FRACTION; 0 for none.
+    # Negatives below this IoU form a set of their own; 0 for none.
     options.FLOOR_IOU = 0.0
+    # The share of the negatives that this set gives.
     options.FLOOR_FRACTION = 0.0
     # Where the bins end: "background", the matcher's threshold (paper), or "image_max", the largest
     # IoU of the image (mmdet).
@@ -102,8 +107,11 @@ def _iou_balanced() -> CfgNode:
 
 def _balanced_l1(beta: float) -> CfgNode:
     options = CfgNode()
+    # The smaller, the more gradient small errors have (Libra R-CNN, equation 8 and table 6).
     options.ALPHA = 0.5
+    # The gradient of large errors (the same).
     options.GAMMA = 1.5
+    # Up to which error it bends; 1 in the paper, 0.11 in the published Libra RetinaNet.
     options.BETA = beta
     # What it is with a BETA other than 1: "paper" or "mmdet".
     options.FORM = "auto"
@@ -113,23 +121,30 @@ def _balanced_l1(beta: float) -> CfgNode:
 def _add_pisa(cfg: CfgNode) -> None:
     """Prime Sample Attention: ROI_HEADS.NAME Libra..., META_ARCHITECTURE LibraRetinaNet."""
     cfg.MODEL.PISA = CfgNode()
-    # ISR-P (section 4.1): positives weigh (BIAS + (1 - BIAS) u) ** K, u falling from 1 at the first
-    # rank.
+    # Of the weights of positives (BIAS + (1 - BIAS) u) ** K, u falling from 1 at the first rank.
     cfg.MODEL.PISA.ISR_POSITIVE = CfgNode()
+    # ISR-P (section 4.1): positives weigh by their IoU rank.
     cfg.MODEL.PISA.ISR_POSITIVE.ENABLED = False
+    # The power: the larger, the less the last ranks weigh.
     cfg.MODEL.PISA.ISR_POSITIVE.K = 2.0
+    # The weight of the last rank, before the power.
     cfg.MODEL.PISA.ISR_POSITIVE.BIAS = 0.0
-    # ISR-N (section 4.2), NEGATIVE_SAMPLER "score_hlr": negatives that score more than this are
-    # clustered by NMS and ranked, and weigh by rank as above.
+    # Of ISR-N (section 4.2), NEGATIVE_SAMPLER "score_hlr": negatives weigh by rank as above.
     cfg.MODEL.PISA.ISR_NEGATIVE = CfgNode()
+    # ISR-N (section 4.2), NEGATIVE_SAMPLER "score_hlr": negatives that score more are ranked.
     cfg.MODEL.PISA.ISR_NEGATIVE.SCORE_THRESH = 0.05
+    # The IoU from which boxes are of one cluster.
     cfg.MODEL.PISA.ISR_NEGATIVE.NMS_THRESH = 0.5
+    # As for ISR-P.
     cfg.MODEL.PISA.ISR_NEGATIVE.K = 0.5
     cfg.MODEL.PISA.ISR_NEGATIVE.BIAS = 0.0
-    # CARL (section 4.3): box losses weigh by the predicted probability of the true class.
+    # Of the weights (BIAS + (1 - BIAS) p) ** K, p the predicted probability of the true class.
     cfg.MODEL.PISA.CARL = CfgNode()
+    # CARL (section 4.3): box losses weigh by the predicted probability of the true class.
     cfg.MODEL.PISA.CARL.ENABLED = False
+    # The power of that weight.
     cfg.MODEL.PISA.CARL.K = 1.0
+    # The weight at a probability of 0, before the power.
     cfg.MODEL.PISA.CARL.BIAS = 0.2
 
 
@@ -145,8 +160,9 @@ def _add_retinanet(cfg: CfgNode) -> None:
     cfg.MODEL.RETINANET.OHEM.NMS_THRESH = 0.7
     # At most this many negatives a positive, and at least this many in all; -1 for no limit.
     cfg.MODEL.RETINANET.OHEM.NEGATIVE_POSITIVE_UB = -1
-    # Beta 0.11 is the published Libra RetinaNet's.
+    # Of BBOX_REG_LOSS_TYPE "balanced_l1".
     cfg.MODEL.RETINANET.BALANCED_L1 = _balanced_l1(beta=0.11)
+    # Factor of the box loss; 0.25 in Mutual Guidance's code.
     cfg.MODEL.RETINANET.BBOX_REG_LOSS_WEIGHT = 1.0
     # "max_iou" or "mutual_guidance" (ACCV 2020), which reads IOU_THRESHOLDS too.
     cfg.MODEL.RETINANET.MATCHER = "max_iou"
@@ -167,8 +183,8 @@ def _add_training(cfg: CfgNode) -> None:
     cfg.MODEL.SMALL_RESNET.OUT_CHANNELS = [32, 64, 96, 128]
     # "SGD" or "AdamW" (BASE_LR and WEIGHT_DECAY are read by both).
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # The same in epochs as MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD in
-    # iterations, which they settle by the number of training images; 0 where those count.
+    # In epochs what MAX_ITER, STEPS, WARMUP_ITERS, CHECKPOINT_PERIOD and TEST.EVAL_PERIOD are in
+    # iterations, which it settles by the number of training images; 0 (or none) where those count.
     cfg.SOLVER.MAX_EPOCHS = 0.0
     cfg.SOLVER.STEP_EPOCHS = ()
     cfg.SOLVER.WARMUP_EPOCHS = 0.0
@@ -183,9 +199,9 @@ def _add_training(cfg: CfgNode) -> None:
     cfg.DATASETS.ALLOW_OUTSIDE = False
     # How many images that can't be read a training leaves out before it stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 0
-    # Iterations between two lines of the log, and how many of the numbered checkpoints stay, the
-    # last ones; 0 for all.
+    # Iterations between two lines of the log.
     cfg.SOLVER.LOG_PERIOD = 20
+    # How many of the numbered checkpoints stay, the last ones; 0 for all.
     cfg.SOLVER.MAX_TO_KEEP = 0
     # How many steps whose losses or gradients are not finite it leaves out before it stops.
     cfg.SOLVER.MAX_SKIPPED = 0
@@ -193,10 +209,11 @@ def _add_training(cfg: CfgNode) -> None:
 
 def _add_following(cfg: CfgNode) -> None:
     """What a run shows of itself (docs/runs.md)."""
-    # A moving average of the weights, of which a step keeps at most the share DECAY: what is
-    # evaluated, and what checkpoints have as their model.
+    # Of the moving average of weights.
     cfg.SOLVER.EMA = CfgNode()
+    # Whether a moving average of the weights is what is evaluated and saved as the model.
     cfg.SOLVER.EMA.ENABLED = False
+    # The share of it that a step keeps; less in the first steps.
     cfg.SOLVER.EMA.DECAY = 0.9998
     # Logs grad_norm, the gradients' norm before they are clipped.
     cfg.SOLVER.LOG_GRAD_NORM = False

@@ -1,13 +1,18 @@
 """What the docs say of switches is so: their names, and the examples, which are run."""
 
 import importlib
+import importlib.util
+import inspect
 import re
 
+import pytest
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 from toys import BASELINE, CONFIGS, small_config, train_step
 
-from libra_d2 import modeling
+from libra_d2 import config, modeling
+from libra_d2.config import add_libra_config, list_keys
 
 TEXT = (CONFIGS.parent / "docs" / "extending.md").read_text()
 
@@ -38,3 +43,47 @@ def test_the_examples_train(tmp_path, monkeypatch):
     assert type(model.roi_heads.box_predictor.box_loss).__name__ == "Huber"
     assert all(loss.isfinite() for loss in losses.values())
     assert build_model(small_config(BASELINE))
+
+
+class TestConfigReference:
+    """docs/config.md is what config.py says."""
+
+    @pytest.fixture(scope="class")
+    def tool(self):
+        file = CONFIGS.parent / "tools" / "config_reference.py"
+        spec = importlib.util.spec_from_file_location("config_reference", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def test_it_is_up_to_date(self, tool):
+        assert tool.make_reference() == (CONFIGS.parent / "docs" / "config.md").read_text()
+
+    def test_it_has_every_key_with_its_default_and_meaning(self):
+        plain, ours = get_cfg(), get_cfg()
+        add_libra_config(ours)
+        known = {key for key, _ in list_keys(plain)}
+        added = {k: v for k, v in list_keys(ours) if k not in known and not isinstance(v, dict)}
+        text = (CONFIGS.parent / "docs" / "config.md").read_text()
+        rows = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| (.+) \|$", text, flags=re.MULTILINE)
+        assert {key: default for key, default, _ in rows} == {k: repr(v) for k, v in added.items()}
+        assert len(rows) == len(added) and all(len(meaning) > 10 for *_, meaning in rows)
+
+    def test_a_key_without_a_comment_is_refused(self, tool, monkeypatch):
+        source = inspect.getsource(config).replace(
+            '    # "non_local", "conv" or "none" (no', "    # ("
+        )
+        bare = source.replace("    # False for the plain pyramid of FPN_BUILDER.\n", "")
+        assert bare != source
+        monkeypatch.setattr(tool.inspect, "getsource", lambda module: bare)
+        with pytest.raises(ValueError, match=r"config.py says nothing about MODEL.BFP.ENABLED"):
+            tool.make_reference()
+
+
+@pytest.mark.parametrize(
+    "page", sorted((CONFIGS.parent / "docs").glob("*.md")), ids=lambda p: p.name
+)
+def test_links_lead_somewhere(page):
+    for address in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not address.startswith("http"):
+            assert (page.parent / address).exists(), address
