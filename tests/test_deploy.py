@@ -69,7 +69,7 @@ def test_the_graph_of_it_finds_the_same(kind):
                 assert torch.allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.slow  # half a minute each; the tool's test below exports a Faster R-CNN
+@pytest.mark.slow  # half a minute each
 @pytest.mark.parametrize("kind", ["mask", "cascade", "retinanet"])
 def test_torch_export(kind, tmp_path):
     model, reference = detector(kind)
@@ -212,7 +212,12 @@ def run_folder(tmp_path_factory):
 
 class TestTool:
     @pytest.mark.parametrize(
-        ("format", "end"), [("onnx", "onnx"), ("script", "pt"), ("torch-export", "pt2")]
+        ("format", "end"),
+        [
+            ("onnx", "onnx"),
+            ("script", "pt"),
+            pytest.param("torch-export", "pt2", marks=pytest.mark.slow),
+        ],
     )
     def test_the_script_beside_it_finds_the_same(self, run_folder, tmp_path, format, end):
         images = [run_folder / f"{i}.png" for i in range(3)]

@@ -1,5 +1,6 @@
 """What the docs say of switches is so: their names, and the examples, which are run."""
 
+import csv
 import importlib
 import importlib.util
 import inspect
@@ -87,3 +88,16 @@ def test_links_lead_somewhere(page):
     for address in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
         if not address.startswith("http"):
             assert (page.parent / address).exists(), address
+
+
+def test_the_numbers_of_the_pictures():
+    folder = CONFIGS.parent / "docs"
+    text = " ".join((folder / "pictures.md").read_text().split())
+    with open(folder / "pictures" / "sampling.csv") as file:
+        lowest = next(csv.DictReader(file))  # of an IoU up to 0.05
+    above = {name: f"{100 - 100 * float(share):.0f} %" for name, share in lowest.items()}
+    assert f"csv) {above['OHEM: the hardest']} and of random ones {above['random']} lie" in text
+    assert f"The balanced sampler's {above['IoU-balanced']} are" in text
+    with open(folder / "pictures" / "matching.csv") as file:
+        *_, last = csv.DictReader(file)
+    assert f"in the end {last['both guided']} of {last['IoU']} for both tasks" in text
