@@ -232,6 +232,10 @@ def _add_following(cfg: CfgNode) -> None:
 
 def _add_speed(cfg: CfgNode) -> None:
     """What makes a step faster than detectron2's (docs/speed.md)."""
+    # Whether to switch on, of what follows, what is safe on the machine at hand; it says what.
+    cfg.SOLVER.FAST = False
+    # Whether the optimizer's step is one kernel; numbers stay what they are up to rounding.
+    cfg.SOLVER.FUSED = False
     # With SOLVER.AMP.ENABLED: "float16", scaled, on GPUs; "bfloat16" there and on CPUs; "auto" is
     # float16 on a GPU, as in detectron2, and bfloat16 on a CPU.
     cfg.SOLVER.AMP.DTYPE = "auto"

@@ -10,10 +10,13 @@ from detectron2.layers import ROIAlign
 from runs import RETINANET, at_iteration, model_of, same_weights, send
 from toys import SMALL, small_config
 
+from libra_d2.config import get_key, list_keys
 from libra_d2.engine import LibraTrainer
-from libra_d2.engine.speed import ExactROIAlign, amp_dtype
+from libra_d2.engine.speed import ExactROIAlign, amp_dtype, settle_speed
 
-FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True)
+FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True, "SOLVER.FUSED", True)
+ON_CPU = {"SOLVER.FUSED": True, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
+ON_GPU = {**ON_CPU, "FLOAT32_PRECISION": "high"}
 BASELINE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
 
@@ -101,6 +104,56 @@ class TestChannelsLast:
         assert features["p2"].is_contiguous(memory_format=torch.channels_last)
         for name, level in expected.items():
             torch.testing.assert_close(features[name], level, atol=1e-4, rtol=1e-4)
+
+
+class TestFast:
+    """SOLVER.FAST sets what the machine is fast with, and says so."""
+
+    @pytest.mark.parametrize(
+        ("gpu", "bfloat16", "expected"),
+        [
+            (False, False, {"SOLVER.FUSED": True}),
+            (False, True, {**ON_CPU, "SOLVER.AMP.DTYPE": "bfloat16"}),
+            (True, True, {**ON_GPU, "SOLVER.AMP.DTYPE": "bfloat16"}),
+            (True, False, {**ON_GPU, "SOLVER.AMP.DTYPE": "float16"}),
+        ],
+    )
+    def test_by_machine(self, gpu, bfloat16, expected, monkeypatch, capsys):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: bfloat16)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
+        cfg = small_config(BASELINE, "SOLVER.FAST", True)
+        cfg.defrost()
+        before = cfg.clone()
+        cfg.MODEL.DEVICE = before.MODEL.DEVICE = "cuda" if gpu else "cpu"
+        settle_speed(cfg)
+        changed = {k: v for k, v in list_keys(cfg) if v != get_key(before, k)}
+        assert {k: v for k, v in changed.items() if not isinstance(v, dict)} == expected
+        told = capsys.readouterr().out
+        assert all(f"{key} {value}" in told for key, value in expected.items())
+
+    def test_a_run_says_it_and_its_config_has_it(self, run, out, capsys):
+        assert run("SOLVER.FAST", True, iterations=2) == 0
+        assert "SOLVER.FAST: SOLVER.FUSED True" in capsys.readouterr().out
+        assert "FUSED: true" in (out / "config.yaml").read_text()
+
+    @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+    def test_a_fused_step_is_the_same_up_to_rounding(self, optimizer):
+        weights = []
+        for fused in (False, True):
+            opts = ("SOLVER.FUSED", fused, "SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", 0.1)
+            cfg = small_config(BASELINE, *SMALL, *opts)
+            model = build()
+            steps = LibraTrainer.build_optimizer(cfg, model)
+            assert all(group["fused"] == fused or not fused for group in steps.param_groups)
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(3):
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator)
+                steps.step()
+            weights.append(model.state_dict())
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(weight, weights[1][name], atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_goes_on_to_the_last_bit(run, tmp_path, monkeypatch):

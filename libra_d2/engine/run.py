@@ -37,6 +37,7 @@ from .output_dir import (
 from .own_data import register_data, take_from_data
 from .plain_errors import plain_errors
 from .rehearsal import rehearse
+from .speed import settle_speed
 from .stopping import Signals, StoppedError
 from .trainer import LibraTrainer
 from .weights import WeightsCheckpointer, find_checkpoint
@@ -117,7 +118,7 @@ def main(
             opts += [key, str(tuple(value))] if value else []
         opts += ["OUTPUT_DIR", args.output] if args.output else []
         opts += args.opts
-        settle = partial(take_from_data, eval_only=args.eval_only, opts=opts)
+        settle = partial(_settle, eval_only=args.eval_only, opts=opts)
         if is_lazy:
             cfg = load_lazy_config(args.config_file, opts, settle=settle)
         else:
@@ -165,6 +166,13 @@ def one_sentence_errors(
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _settle(cfg: CfgNode, eval_only: bool, opts: Sequence[str]) -> None:
+    """Fills in what data and machine settle, in place."""
+    take_from_data(cfg, eval_only=eval_only, opts=opts)
+    if not eval_only:
+        settle_speed(cfg)
 
 
 def _run_and_tell(

@@ -5,11 +5,48 @@ from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign
 from torch import nn
 
-from libra_d2.config import choose
+from libra_d2.config import choose, set_key
 
-__all__ = ["amp_dtype", "prepare_model"]
+__all__ = ["amp_dtype", "fuse", "prepare_model", "settle_speed"]
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def settle_speed(cfg: CfgNode) -> None:
+    """With ``SOLVER.FAST`` sets what makes a training faster here, in place, and tells it.
+
+    On a GPU: mixed precision, in bfloat16 where it has it, TF32, channels last, a fused optimizer.
+    On a CPU the same without TF32 where it has instructions for bfloat16, which is slow elsewhere.
+    """
+    if not cfg.SOLVER.FAST:
+        return
+    on_cpu = cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()
+    chosen = {"SOLVER.FUSED": True}
+    if on_cpu and cpu_has_bfloat16():
+        chosen |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}
+    if not on_cpu:
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        chosen |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype}
+        chosen["FLOAT32_PRECISION"] = "high"
+    if "SOLVER.AMP.ENABLED" in chosen:
+        chosen["MODEL.CHANNELS_LAST"] = True
+    for key, value in chosen.items():
+        set_key(cfg, key, value)
+    print(f"SOLVER.FAST: {', '.join(f'{key} {value}' for key, value in chosen.items())}")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16, and not by way of float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Makes an optimizer's step one kernel, in place, if it is one of torch's that can."""
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group.update(fused=True, foreach=False)
+    return optimizer
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype:

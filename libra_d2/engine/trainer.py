@@ -33,7 +33,7 @@ from .evaluators import choose_evaluator
 from .following import BestModel, SampledRois
 from .hooks import EpochLogger
 from .resumable import ResumableTrainer
-from .speed import amp_dtype, prepare_model
+from .speed import amp_dtype, fuse, prepare_model
 from .step import CheckedTrainer
 from .stopping import Signals
 from .validation import loss_mapper
@@ -141,7 +141,8 @@ class LibraTrainer(ResumableTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """detectron2's SGD, or AdamW, as ``SOLVER.OPTIMIZER`` says."""
         if cfg.SOLVER.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
+            optimizer = build_optimizer(cfg, model)
+            return fuse(optimizer) if cfg.SOLVER.FUSED else optimizer
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
@@ -150,7 +151,8 @@ class LibraTrainer(ResumableTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        optimizer = adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        return fuse(optimizer) if cfg.SOLVER.FUSED else optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
