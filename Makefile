@@ -5,7 +5,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 DEMO := output/demo
 
-.PHONY: help demo compare test test-slow lint benchmark clean
+.PHONY: help demo compare test test-slow lint benchmark gpu-check clean
 
 help:
 	@echo "make demo       train a small Libra Faster R-CNN, evaluate it and draw what it finds"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  damage configs, data and checkpoints, kill runs, export graphs (half an hour)"
 	@echo "make lint       check style and formatting"
 	@echo "make benchmark  measure speed and memory (minutes; ARGS=--help for options)"
+	@echo "make gpu-check  run the tests that need a GPU, and measure what docs/benchmarks.md is to hold"
 	@echo "make clean      remove .venv, generated data sets and output"
 
 demo: .venv/requirements
@@ -43,6 +44,13 @@ lint: .venv/requirements
 
 benchmark: .venv/requirements .venv/detectron2
 	@$(PY) tools/benchmark.py $(ARGS)
+
+# What a machine with a GPU is to be asked; its tables are for docs/benchmarks.md.
+gpu-check: .venv/requirements .venv/detectron2
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "make gpu-check needs a GPU that torch finds" >&2; exit 1; }
+	@$(PYTEST) tests/test_matching.py tests/test_modeling.py tests/test_retinanet.py tests/test_sampling.py
+	@$(PY) tools/benchmark.py samplers matching iteration retinanet speed --repeats 10 $(ARGS)
 
 clean:
 	rm -rf .venv datasets/digits output

@@ -46,16 +46,17 @@ def test_the_examples_train(tmp_path, monkeypatch):
     assert build_model(small_config(BASELINE))
 
 
+@pytest.fixture(scope="module")
+def tool():
+    file = CONFIGS.parent / "tools" / "config_reference.py"
+    spec = importlib.util.spec_from_file_location("config_reference", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class TestConfigReference:
     """docs/config.md is what config.py says."""
-
-    @pytest.fixture(scope="class")
-    def tool(self):
-        file = CONFIGS.parent / "tools" / "config_reference.py"
-        spec = importlib.util.spec_from_file_location("config_reference", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
 
     def test_it_is_up_to_date(self, tool):
         assert tool.make_reference() == (CONFIGS.parent / "docs" / "config.md").read_text()

@@ -3,10 +3,14 @@
 
 python tools/benchmark.py                 # all, on the GPU if there is one
 python tools/benchmark.py samplers bfp    # some
+python tools/benchmark.py growth --json growth.json
 """
 
 import argparse
+import json
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -17,8 +21,10 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 import torch
-from benchmarks import models, parts
-from benchmarks.measuring import DEVICE
+from benchmarks import growth, models, parts
+from benchmarks.measuring import DEVICE, TABLES
+
+from libra_d2.checkpoint import write_whole
 
 BENCHMARKS = {
     "samplers": parts.benchmark_samplers,
@@ -28,6 +34,7 @@ BENCHMARKS = {
     "iteration": models.benchmark_iteration,
     "retinanet": models.benchmark_retinanet,
     "speed": models.benchmark_speed,
+    "growth": growth.benchmark_growth,
     "export": models.benchmark_export,
 }
 
@@ -38,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("what", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none")
     parser.add_argument("--repeats", type=int, default=15, help="the median is over so many")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     args = parser.parse_args(argv)
     unknown = [name for name in args.what if name not in BENCHMARKS]
     if unknown or args.repeats < 1:
@@ -52,6 +60,14 @@ def main(argv: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {DEVICE}: {name}")
     for what in args.what or BENCHMARKS:
         BENCHMARKS[what](args.repeats)
+        if args.json:  # after each, as all take long
+            record = {"torch": torch.__version__, "device": DEVICE, "name": name, "tables": TABLES}
+            text = json.dumps({**record, "date": time.strftime("%Y-%m-%d")}, indent=1)
+            write_whole(args.json, partial(_write, text))
+
+
+def _write(text: str, path: str) -> None:
+    Path(path).write_text(text)
 
 
 if __name__ == "__main__":

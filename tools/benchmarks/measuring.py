@@ -42,7 +42,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+# All that was shown, for --json.
+TABLES: list[dict] = []
+
+
 def show(title: str, rows: list[tuple], headers: tuple[str, ...]) -> None:
+    """Prints a table, and keeps it."""
+    TABLES.append({"title": title, "rows": [dict(zip(headers, row, strict=True)) for row in rows]})
     print(f"\n### {title}\n")
     print(tabulate(rows, headers, tablefmt="github", floatfmt=".3g"), flush=True)
 
