@@ -113,8 +113,10 @@ def sample_score_hlr_negatives(
     wanted = check(candidates, num_samples, scores=scores, boxes=boxes[..., 0])
     wanted = torch.as_tensor(wanted, device=candidates.device).reshape(())
     valid = candidates & (scores > score_thresh)
-    # Ranks among the valid alone: all others make up a class of their own.
-    clusters = _nms_clusters(boxes, scores.masked_fill(~valid, -1.0), nms_thresh)
+    # Ranks among the valid alone, often few of many: all others make up a class of their own.
+    index = valid.nonzero()[:, 0]
+    clusters = torch.zeros_like(scores, dtype=torch.int64)
+    clusters[index] = _nms_clusters(boxes[index], scores[index], nms_thresh)
     ranks = hierarchical_local_rank(scores, clusters, (~valid).long())
     num_valid, num_kept = valid.sum(), torch.minimum(candidates.sum(), wanted)
     by_rank = valid & (ranks < wanted)
