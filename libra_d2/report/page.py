@@ -87,7 +87,8 @@ def _summary(runs: Sequence[Run]) -> dict:
             is_apart = i and None not in (first, value)
             cells.append((_number(value), f"{value - first:+.1f}" if is_apart else ""))
         rows.append((name, cells))
-    lengths = [str(run.records[-1]["iteration"] + 1) if run.records else "-" for run in runs]
+    trained = [[r["iteration"] for r in run.records if "lr" in r] for run in runs]
+    lengths = [str(max(own) + 1) if own else "-" for own in trained]
     return {"rows": rows, "lengths": lengths}
 
 
