@@ -217,8 +217,8 @@ def _add_following(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9998
     # Logs grad_norm, the gradients' norm before they are clipped.
     cfg.SOLVER.LOG_GRAD_NORM = False
-    # The metric of an evaluation, such as "bbox/AP", whose best keeps model_best.pth; of one with
-    # "loss" in its name the lowest is best. Empty for none.
+    # The metric of an evaluation, such as "bbox/AP", whose best keeps model_best.pth; of a loss,
+    # such as "validation/total_loss", the lowest is best. Empty for none.
     cfg.TEST.BEST_METRIC = ""
     # After how many evaluations without a better one the run ends; 0 for never.
     cfg.TEST.PATIENCE = 0

@@ -2,9 +2,23 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
-__all__ = ["read_metrics"]
+__all__ = ["read_metrics", "split_score"]
+
+# A data set, where there are several, the task, and the number, whose class may have any name.
+_SCORE = re.compile(r"(?:(.*)/)?((?:bbox|segm|keypoints|box_proposals)(?:_TTA)?)/(A[PR].*)")
+
+
+def split_score(name: str) -> tuple[str, str, str] | None:
+    """The data set ("" if there is one alone), task and metric of an evaluation's number.
+
+    Returns:
+        None for any other number.
+    """
+    match = _SCORE.fullmatch(name)
+    return (match[1] or "", match[2], match[3]) if match else None
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -55,10 +55,18 @@ def test_it_finds_the_same(kind, format, tmp_path):
     assert all(e["objects"] > 0 for e in report)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "clipped"])
-def test_the_graph_of_it_finds_the_same(kind):
-    opts = ("MODEL.RETINANET.CLIP_BOXES", "before_nms") if kind == "clipped" else ()
-    model, reference = detector("retinanet" if kind == "clipped" else kind, *opts)
+@pytest.mark.parametrize(
+    ("kind", "opts"),
+    [
+        *((kind, ()) for kind in KINDS),
+        ("retinanet", ("MODEL.RETINANET.CLIP_BOXES", "before_nms")),
+        ("faster", ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True)),
+        ("faster", ("TEST.DETECTIONS_PER_IMAGE", -1)),
+        ("faster", ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)),
+    ],
+)
+def test_the_graph_of_it_finds_the_same(kind, opts):
+    model, reference = detector(kind, *opts)
     graph, black = DetectorGraph(model).eval(), torch.zeros(1, 3, 160, 160)
     images = [torch.stack([make_image(size), make_image(size) / 2]) for size in SIZES]
     with torch.no_grad():

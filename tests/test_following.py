@@ -27,6 +27,7 @@ from toys import (
 from libra_d2.drawing import draw_groups, shrink
 from libra_d2.engine import LibraTrainer, main
 from libra_d2.engine.average import WeightAverage
+from libra_d2.engine.following import BestModel, SampledRois
 from libra_d2.engine.validation import mean_losses
 
 AVERAGE = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5, "SOLVER.BASE_LR", 1e-3)
@@ -160,6 +161,34 @@ class TestBest:
         best = torch.load(out / "model_best.pth", weights_only=True)["iteration"]
         assert losses[best] == min(losses.values())
 
+    def test_nothing_is_counted_before_there_is_a_number(self, scored, out):
+        nan = float("nan")
+        assert scored([nan, nan, nan, 5, nan, 4], "TEST.PATIENCE", 2, iterations=9) == 0
+        best = torch.load(out / "model_best.pth", weights_only=True)
+        assert best["iteration"] == 3 and len(records(out)) >= 6
+        assert torch.load(out / "model_final.pth", weights_only=True)["iteration"] == 5
+
+    @pytest.mark.parametrize(
+        ("metric", "is_lowest"),
+        [
+            ("bbox/AP", False),
+            ("coco:/data/blossom/a.json/bbox/AP", False),
+            ("bbox/AP-glossy", False),
+            ("validation/total_loss", True),
+            ("a/validation/loss_cls", True),
+        ],
+    )
+    def test_what_is_better(self, metric, is_lowest):
+        assert BestModel(2, None, metric)._compare(1, 2) == is_lowest
+
+    def test_a_best_one_that_can_not_be_saved_is_none(self, scored, out, monkeypatch):
+        def refuse(self, name, **extra):
+            return name != "model_best"
+
+        monkeypatch.setattr("libra_d2.engine.following._Beside.save", refuse)
+        assert scored([10, 30], iterations=2) == 0
+        assert "best bbox/AP so far" not in (out / "log.txt").read_text()
+
     def test_one_that_is_not_measured(self, scored, out):
         assert scored([1, 2], "TEST.BEST_METRIC", "bbox/APx", iterations=2) == 0
         told = (out / "log.txt").read_text()
@@ -229,6 +258,12 @@ class TestPictures:
         events.Reload()
         for tag, steps in (("sampled_rois", 2), ("predictions", 2)):
             assert len(events.Images(tag)) == steps, tag
+
+    def test_heads_that_keep_their_samples_show_none(self):
+        """As detectron2's C4 heads do."""
+        hook = SampledRois(1)
+        hook._watching = ()
+        assert hook._show(None, (), ([], {})) is None
 
     def test_groups_of_boxes(self):
         image = np.zeros((100, 200, 3), np.uint8)

@@ -7,10 +7,13 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from runs import LIBRA
 from toys import run_tool
 
+from libra_d2.metrics import split_score
 from libra_d2.report.errors import confusion_matrix, error_kinds
+from libra_d2.report.run import read_run
 from libra_d2.report.scored import Image, average_precision, precision_recall
 
 BOX = np.array([10.0, 10, 50, 50])
@@ -138,6 +141,7 @@ def run_folder(tmp_path_factory, request):
     file = folder / "annotations.json"
     content = json.loads(file.read_text())
     content["categories"][0]["name"] = EVIL
+    content["categories"][1]["name"] = "car/truck"
     for record in content["images"][:2]:
         name = f"<img src=x onerror=alert({record['id']})>.jpg"
         source = next(folder.rglob(record["file_name"]))
@@ -181,6 +185,7 @@ def test_its_parts(page, run_folder):
     for part in ("SOLVER.MAX_ITER", "sys.platform", "train_net.py --config-file", "Most conf"):
         assert part in text, part
     last = json.loads((run_folder / "metrics.json").read_text().splitlines()[-1])
+    assert "<td>car/truck (bbox)</td>" in text
     assert f"<td>bbox/AP50</td><td>{last['bbox/AP50']:.1f}</td>" in text
 
 
@@ -198,6 +203,40 @@ def test_several(run_folder, tmp_path):
     assert "<b>other</b>: There are no predictions to look at" in text
     again = run_tool("report.py", run_folder, other, "--output", out)
     assert again.returncode == 2 and "exists; give --overwrite" in again.stderr
+
+
+def test_of_several_data_sets_the_predictions_are_the_lasts(run_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other)
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["DATASETS"]["TEST"] = ["digits_val", *config["DATASETS"]["TEST"]]
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_run(other, "x").dataset == config["DATASETS"]["TEST"][1]
+    assert read_run(other, "x").images
+    problem = read_run(other, "x", "digits_val").problem
+    assert not problem or "are not of 'digits_val'" in problem
+    predictions = other / "inference" / "coco_instances_results.json"
+    content = json.loads(predictions.read_text())
+    content[0]["image_id"] = 10**6
+    predictions.write_text(json.dumps(content))
+    assert "are not of" in read_run(other, "x").problem
+    predictions.write_text('{"a": 1}')
+    assert "There are no predictions" in read_run(other, "x").problem
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bbox/AP", ("", "bbox", "AP")),
+        ("a/b/bbox/AP-car/truck", ("a/b", "bbox", "AP-car/truck")),
+        ("bbox_TTA/AP50", ("", "bbox_TTA", "AP50")),
+        ("box_proposals/AR@100", ("", "box_proposals", "AR@100")),
+        ("validation/total_loss", None),
+        ("roi_head/negative_iou_bin0", None),
+    ],
+)
+def test_parts_of_a_score(name, expected):
+    assert split_score(name) == expected
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,15 @@ def _analyse(args: argparse.Namespace, output: Path) -> list[str]:
         return analyse_losses(output)
     opts = [*args.opts, *(("DATASETS.TEST", str((args.val,))) if args.val else ())]
     if args.topic == "matching":
-        paths = [Path(args.model, w) if not Path(w).exists() else Path(w) for w in args.weights]
+        own = [Path(args.model, name) for name in args.weights]
+        paths = [p if p.exists() else Path(n) for p, n in zip(own, args.weights, strict=True)]
+        paths = paths or [Path(args.model)]
+        names = [path.name for path in paths]
+        if len(set(names)) < len(names):
+            names = [str(path) for path in paths]
         detectors = {
-            path.name: Detector(path, device=args.device, opts=opts)
-            for path in paths or [Path(args.model)]
+            name: Detector(path, device=args.device, opts=opts)
+            for name, path in zip(names, paths, strict=True)
         }
         return analyse_matching(detectors, output, args.image, args.object)
     detector = Detector(args.model, device=args.device, opts=opts)

@@ -28,7 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a run's folder, weights with their config, or a config")
-    parser.add_argument("output", help="file to write: .onnx, or .pt for the other formats")
+    parser.add_argument("output", help="file to write: .onnx, .pt2 for torch-export, .pt else")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
     parser.add_argument("--half", action="store_true", help="compute in half precision")

@@ -37,13 +37,17 @@ def analyse_features(detector: Detector, output: Path, image: int) -> list[str]:
     rows, stages = [], ("before", "after", "what BFP adds")
     for j, name in enumerate(names, 1):
         levels = (before[name], after[name], after[name] - before[name])
-        maps = [level[0].abs().mean(dim=0).cpu() for level in levels]
+        # Without the padding.
+        own_height, own_width = (
+            max(1, round(side * own / padded))
+            for side, own, padded in zip(
+                after[name].shape[-2:], (height, width), inputs.tensor.shape[-2:], strict=True
+            )
+        )
+        maps = [level[0].abs().mean(dim=0)[:own_height, :own_width].cpu() for level in levels]
         top = max(m.max().item() for m in maps[:2])
         for i, (stage, values) in enumerate(zip(stages, maps, strict=True)):
-            # Without the padding.
-            own_height = max(1, round(values.shape[0] * height / inputs.tensor.shape[-2]))
-            own_width = max(1, round(values.shape[1] * width / inputs.tensor.shape[-1]))
-            shown = axes[i, j].imshow(values[:own_height, :own_width], vmin=0, vmax=top)
+            shown = axes[i, j].imshow(values, vmin=0, vmax=top)
             axes[i, j].set_title(f"{name}, {stage}", fontsize=9)
             figure.colorbar(shown, ax=axes[i, j], shrink=0.7)
             mean, spread = values.mean().item(), values.std().item()

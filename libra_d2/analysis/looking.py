@@ -35,9 +35,13 @@ def annotated_images(detector: Detector, number: int, start: int = 0) -> Iterato
     """Images of the first of ``DATASETS.TEST``, resized as in tests, with ``instances``.
 
     Raises:
-        ValueError: if there is no such data set, or fewer images.
+        ValueError: if there is no such data set, or no image from ``start`` on.
     """
     cfg = detector.cfg
+    if not isinstance(cfg, RunConfig):  # keypoints, which are not looked at, need the training data
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.KEYPOINT_ON = False
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty; name a data set with --val")
     try:

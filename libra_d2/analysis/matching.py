@@ -12,7 +12,7 @@ from libra_d2.inference.detector import Detector
 from libra_d2.modeling import MutualGuidanceMatcher
 
 from .looking import annotated_images, dense_predictions, picture_of
-from .pictures import new_figure, save
+from .pictures import new_figure, plain_text, save
 
 __all__ = ["analyse_matching"]
 
@@ -46,7 +46,9 @@ def analyse_matching(
         box = gt.gt_boxes.tensor[chosen].tolist()
         for axis, column, positives in zip(own, _COLUMNS, matched, strict=True):
             _draw(axis, picture_of(detector, seen), box, anchors.tensor[positives].cpu())
-            axis.set_title(f"{name}\n{column}: {int(positives.sum())} anchors", fontsize=9)
+            axis.set_title(
+                f"{plain_text(name)}\n{column}: {int(positives.sum())} anchors", fontsize=9
+            )
         agreed = int((matched[1] & matched[2]).sum())
         rows.append(
             {

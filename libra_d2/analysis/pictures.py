@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from libra_d2.checkpoint import write_whole
 
-__all__ = ["ENDS", "check_output", "new_figure", "save"]
+__all__ = ["ENDS", "check_output", "new_figure", "plain_text", "save"]
 
 ENDS = (".png", ".svg", ".pdf")
 
@@ -34,6 +34,11 @@ def new_figure(columns: int, rows: int = 1, width: float = 4.6, height: float = 
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def plain_text(name: str) -> str:
+    """A label without what matplotlib takes for mathematics, or leaves out of a legend."""
+    return name.replace("$", r"\$").lstrip("_") or "_"
 
 
 def save(figure: Figure, output: Path, rows: Iterable[Mapping]) -> None:

@@ -4,13 +4,13 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from libra_d2.metrics import read_metrics
+from libra_d2.metrics import read_metrics, split_score
 
-from .pictures import new_figure, save
+from .pictures import new_figure, plain_text, save
 
 __all__ = ["analyse_runs"]
 
-_SCORES = ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP")
+_SCORES = ("AP", "AP50", "AP75")
 
 
 def analyse_runs(paths: Sequence[Path], output: Path) -> list[str]:
@@ -38,8 +38,9 @@ def analyse_runs(paths: Sequence[Path], output: Path) -> list[str]:
     _plot(axes[0], runs, losses, "losses", "loss")
     if axes[0].lines:
         axes[0].set_yscale("log")
-    scores = [n for n in _SCORES if n in names]
-    _plot(axes[1], runs, scores if len(runs) == 1 else scores[:1], "evaluation", "AP (%)")
+    scores = [n for n in names if (split := split_score(n)) and split[2] in _SCORES]
+    shown = scores if len(runs) == 1 else [n for n in scores if n.endswith("/AP")]
+    _plot(axes[1], runs, shown, "evaluation", "AP (%)")
     _plot(axes[2], runs, bins, "sampled negatives, by bin of IoU", "share")
     rows = [
         {"run": run, "iteration": r["iteration"], "metric": name, "value": r[name]}
@@ -63,7 +64,7 @@ def _plot(axes, runs: dict[str, list[dict]], names: Sequence[str], title: str, u
                     *zip(*points, strict=True),
                     style,
                     color=f"C{color % 10}" if len(names) > 1 else None,
-                    label=f"{run}: {label}" if len(runs) > 1 else label,
+                    label=plain_text(f"{run}: {label}" if len(runs) > 1 else label),
                     marker="o" if len(points) < 20 else "",
                     markersize=4,
                 )

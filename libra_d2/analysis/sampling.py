@@ -42,10 +42,11 @@ def analyse_sampling(detector: Detector, output: Path, number: int) -> list[str]
         Sentences with the shares above an IoU of 0.05.
     """
     torch.manual_seed(0)
-    ious = defaultdict(list)
+    ious, used = defaultdict(list), 0
     for image in annotated_images(detector, number):
         if len(image["instances"]) == 0:
             continue
+        used += 1
         matches = candidates_of(detector, image).matches
         negatives = matches.labels == 0
         ious["all negatives"].append(matches.ious[negatives])
@@ -53,7 +54,7 @@ def analyse_sampling(detector: Detector, output: Path, number: int) -> list[str]
         for name, sampler in _SAMPLERS.items():
             ious[name].append(matches.ious[sampler(matches, negatives, wanted) & negatives])
     if not ious:
-        raise ValueError(f"none of the {number} images has an object")
+        raise ValueError("none of the images has an object")
     shares = {name: _shares(torch.cat(parts)) for name, parts in ious.items()}
     figure, ((axes,),) = new_figure(1, width=7, height=4.2)
     for name, values in shares.items():
@@ -65,7 +66,7 @@ def analyse_sampling(detector: Detector, output: Path, number: int) -> list[str]
     axes.set_yticks([0, 1, 3, 10, 30, 100], ["0", "1", "3", "10", "30", "100"])
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.set_title(f"Negatives of {number} images")
+    axes.set_title(f"Negatives of {used} images")
     save(figure, output, _rows(shares))
     return [
         f"{name}: {100 * (torch.cat(parts) > 0.05).float().mean():.1f} % have an IoU above 0.05 "

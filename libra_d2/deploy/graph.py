@@ -134,7 +134,7 @@ class DetectorGraph(nn.Module):
             predictor = heads.box_predictor
             logits, deltas = predictor(heads.box_head(_pool(heads.box_pooler, levels, boxes)))
             boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
-            return boxes, logits.softmax(1), predictor
+            return boxes, _probabilities(logits, predictor), predictor
         scores = []
         for stage, predictor in enumerate(heads.box_predictor):
             if stage > 0:
@@ -142,7 +142,7 @@ class DetectorGraph(nn.Module):
             pooled = _pool(heads.box_pooler, levels, boxes)
             logits, deltas = predictor(heads.box_head[stage](pooled))
             boxes = predictor.box2box_transform.apply_deltas(deltas, boxes)
-            scores.append(logits.softmax(1))
+            scores.append(_probabilities(logits, predictor))
         return boxes, sum(scores) * (1.0 / len(scores)), predictor
 
     def _find_masks(
@@ -202,8 +202,13 @@ def _suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -
     return nms(boxes + (groups * extent)[:, None], scores, threshold)[:-2]
 
 
+def _probabilities(logits: Tensor, predictor: nn.Module) -> Tensor:
+    return logits.sigmoid() if predictor.use_sigmoid_ce else logits.softmax(1)
+
+
 def _first(keep: Tensor, most: int, *fields: Tensor) -> tuple[Tensor, ...]:
-    return tuple(field[keep[:most]] for field in fields)
+    keep = keep if most < 0 else keep[:most]  # detectron2's -1 is for all
+    return tuple(field[keep] for field in fields)
 
 
 def _pool(pooler: ROIPooler, levels: Sequence[Tensor], boxes: Tensor) -> Tensor:

@@ -40,25 +40,29 @@ class BestModel(hooks.BestCheckpointer):
     Args:
         period: of evaluations.
         checkpointer: of the run.
-        metric: its name in ``metrics.json``; of one with "loss" in it the lowest is best.
+        metric: its name in ``metrics.json``; of a loss the lowest is best.
         patience: after how many evaluations without a better one the run ends; 0 for never.
     """
 
     def __init__(
         self, period: int, checkpointer: WeightsCheckpointer, metric: str, patience: int = 0
     ):
-        mode = "min" if "loss" in metric else "max"
+        is_loss = metric.rpartition("/")[2].startswith(("loss_", "total_loss"))
+        mode = "min" if is_loss else "max"
         super().__init__(period, _Beside(checkpointer), metric, mode)
         self.patience = patience
         self.since_best = 0
 
     def before_train(self) -> None:
         """Takes up what the run has measured before."""
-        metrics = Path(self.trainer.cfg.OUTPUT_DIR) / "metrics.json"
-        if self.trainer.start_iter > 0 and comm.is_main_process() and metrics.is_file():
-            for record in read_metrics(metrics):
+        folder = Path(self.trainer.cfg.OUTPUT_DIR)
+        is_there = all((folder / n).is_file() for n in ("metrics.json", f"{self._file_prefix}.pth"))
+        if self.trainer.start_iter > 0 and comm.is_main_process() and is_there:
+            for record in read_metrics(folder / "metrics.json"):
                 if self._val_metric in record:
                     self._count(record[self._val_metric], record["iteration"])
+        if 0 < self.patience <= self.since_best:  # no step is made, nor evaluated
+            self.trainer.iter = self.trainer.start_iter - 1
         self._stop_if_over()
 
     def after_step(self) -> None:
@@ -82,27 +86,30 @@ class BestModel(hooks.BestCheckpointer):
                 *(self._val_metric, suggest(self._val_metric, numbers), ", ".join(sorted(numbers))),
             )
             return
-        value, before = latest[self._val_metric][0], self.best_iter
+        value, former = latest[self._val_metric][0], (self.best_metric, self.best_iter)
         iteration = min(self.trainer.iter, self.trainer.max_iter - 1)  # the last that is finished
         self._count(value, iteration)
-        if self.best_iter != before:
-            self._checkpointer.save(self._file_prefix, iteration=iteration)
+        if self.best_iter != former[1]:
+            if not self._checkpointer.save(self._file_prefix, iteration=iteration):
+                self.best_metric, self.best_iter = former
+                return
             self._logger.info("best %s so far: %.5g", self._val_metric, value)
 
     def _count(self, value: float, iteration: int) -> None:
         is_better = self.best_metric is None or self._compare(value, self.best_metric)
         if is_better and self._update_best(value, iteration):
             self.since_best = 0
-        else:
+        elif self.best_metric is not None:  # before, nothing is found, and AP is no number
             self.since_best += 1
 
     def _stop_if_over(self) -> None:
         is_over = 0 < self.patience <= self.since_best
-        if comm.all_gather(is_over)[0]:  # the first process alone has the numbers
-            best = "" if self.best_metric is None else f"{self.best_metric:.5g}, "
+        best = (self.best_metric, self.best_iter)
+        is_over, (value, iteration) = comm.all_gather((is_over, best))[0]  # who has the numbers
+        if is_over:
             raise FinishedEarly(
                 f"{self._val_metric} has not improved for {self.patience} evaluations; the best, "
-                f"{best}was after iteration {self.best_iter} (model_best.pth)"
+                f"{value:.5g}, was after iteration {iteration} (model_best.pth)"
             )
 
 
@@ -112,11 +119,13 @@ class _Beside:
     def __init__(self, checkpointer: WeightsCheckpointer):
         self.checkpointer = checkpointer
 
-    def save(self, name: str, **extra: Any) -> None:
+    def save(self, name: str, **extra: Any) -> bool:
         try:
             self.checkpointer.save(name, is_last=False, **extra)
         except ValueError as error:
             logging.getLogger(__name__).warning("%s", error)
+            return False
+        return True
 
 
 class SampledRois(HookBase):
@@ -147,6 +156,8 @@ class SampledRois(HookBase):
         """Of the first image; heads give the sampled proposals with their losses."""
         for handle in self._watching:  # tests have nothing to show
             handle.remove()
+        if not outputs[0] or not outputs[0][0].has("gt_classes"):  # as C4 heads, which keep theirs
+            return
         sampled, truths = outputs[0][0].to("cpu"), self._image["instances"].to("cpu").gt_boxes
         is_positive = sampled.gt_classes < heads.num_classes
         ious = torch.zeros(len(sampled))

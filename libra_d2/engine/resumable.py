@@ -203,8 +203,7 @@ class ResumableTrainer(DefaultTrainer):
 
     def _finish_early(self, reason: str) -> None:
         logging.getLogger(__name__).info("finished early: %s", reason)
-        if not hasattr(self, "_last_eval_results"):  # found out before the first step
-            self.iter = self.start_iter - 1
+        if self.iter < self.start_iter:  # found out before the first step
             is_saved = has_final_checkpoint(Path(self.cfg.OUTPUT_DIR), self.iter)
             if comm.all_gather(is_saved)[0]:
                 return

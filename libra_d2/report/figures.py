@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image as Picture
 
+from libra_d2.analysis.pictures import plain_text
 from libra_d2.data.images import open_image, to_rgb
 from libra_d2.drawing import draw, shrink
 
@@ -54,7 +55,9 @@ def curve(
         axes = figure.subplots()
         for name, points in lines.items():
             marker = "o" if len(points) < 15 else ""
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label=_plain(name))
+            axes.plot(
+                *zip(*points, strict=True), marker=marker, markersize=3, label=plain_text(name)
+            )
         axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
         axes.grid(alpha=0.25)
         if len(lines) > 1:
@@ -65,11 +68,6 @@ def curve(
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
     return svg.replace("<svg ", '<svg role="img" ', 1)
-
-
-def _plain(name: str) -> str:
-    """Without what matplotlib takes for mathematics, or leaves out of a legend."""
-    return name.replace("$", r"\$").lstrip("_") or "_"
 
 
 def side_by_side(image: Image, names: Sequence[str], minimum: float) -> str:

@@ -11,6 +11,7 @@ from detectron2.config import get_cfg
 
 from libra_d2.checkpoint import write_whole
 from libra_d2.config import add_libra_config, list_keys
+from libra_d2.metrics import split_score
 
 from .errors import confusion_matrix, error_kinds
 from .figures import curve, side_by_side
@@ -32,7 +33,7 @@ def write_report(
     Args:
         folders: OUTPUT_DIR of each.
         output: the page, .html.
-        dataset: what the predictions are of; "" for the first of each run's test data.
+        dataset: what the predictions are of; "" for the last of each run's test data.
         number: how many images of each kind are shown.
 
     Raises:
@@ -66,7 +67,7 @@ def write_report(
         commands=[(run.name, _command(run)) for run in runs],
         shown_score=_SHOWN_SCORE,
     )
-    write_whole(str(output), lambda path: Path(path).write_text(page))
+    write_whole(str(output), lambda path: Path(path).write_text(page, encoding="utf-8"))
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -75,16 +76,15 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 def _summary(runs: Sequence[Run]) -> dict:
     """A row for each metric that any run has, with differences to the first run."""
-    wanted = [
-        name for name in dict.fromkeys(n for run in runs for n in run.results) if "AP-" not in name
-    ]
+    names = dict.fromkeys(n for run in runs for n in run.results)
+    wanted = [name for name in names if not split_score(name)[2].startswith("AP-")]
     rows = []
     for name in wanted:
         values = [run.results.get(name) for run in runs]
         first = values[0]
         cells = []
         for i, value in enumerate(values):
-            is_apart = i and None not in (first, value)
+            is_apart = i and None not in (first, value) and math.isfinite(value - first)
             cells.append((_number(value), f"{value - first:+.1f}" if is_apart else ""))
         rows.append((name, cells))
     trained = [[r["iteration"] for r in run.records if "lr" in r] for run in runs]
@@ -111,11 +111,12 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
     parts = [n for n in names if n.startswith("loss_")]
     bins = [n for n in names if n.startswith("roi_head/negative_iou_bin")]
-    aps = [n for n in names if n.endswith(("/AP", "/AP50"))]
+    aps = [n for n in names if (split := split_score(n)) and split[2] in ("AP", "AP50", "AR@100")]
+    tested = [n for n in names if n.endswith("validation/total_loss")]
     charts = [
         ("Loss", lines(["total_loss"]), "loss", True),
         ("Parts of the loss", lines(parts), "loss", True),
-        ("Loss on the test data", lines(["validation/total_loss"]), "loss", True),
+        ("Loss on the test data", lines(tested), "loss", True),
         ("AP", lines(aps), "AP (%)", False),
         ("Sampled negatives, by bin of IoU", lines(bins, 100), "share (%)", False),
         ("Learning rate", lines(["lr"]), "learning rate", False),
@@ -130,14 +131,11 @@ def _by_class(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, float]]]]:
     rows = []
     names = dict.fromkeys(n for run in runs for n in run.results)
     for name in names:
-        metric = name.rpartition("/")[2]
-        task = f" ({name.split('/')[-2]})" if "/" in name else ""
-        if metric in _SIZES:
-            label = f"{_SIZES[metric]} objects{task}"
-        elif "AP-" in name:
-            label = name.partition("AP-")[2] + (task if "/" not in name.partition("AP-")[2] else "")
-        else:
+        dataset, task, metric = split_score(name)
+        if metric not in _SIZES and not metric.startswith("AP-"):
             continue
+        label = f"{_SIZES[metric]} objects" if metric in _SIZES else metric.removeprefix("AP-")
+        label += f" ({task}{f', {dataset}' if dataset else ''})"
         values = [run.results.get(name, math.nan) for run in runs]
         rows.append((label, [(_number(v), 0.0 if math.isnan(v) else v) for v in values]))
     return rows
@@ -240,7 +238,11 @@ def _shown(value: object) -> str:
 
 
 def _command(run: Run) -> str:
-    config = str(run.folder / "config.yaml")
+    """What repeats a run; "" of a LazyConfig, whose file alone can be run."""
+    if "dataloader.test.dataset.names" in run.config:
+        return ""
+    folder = run.folder.resolve()
+    config, output = folder / "config.yaml", folder.with_name(f"{folder.name}-again")
     return shlex.join(
-        ["python", "train_net.py", "--config-file", config, "--output", f"{run.folder}-again"]
+        ["python", "train_net.py", "--config-file", str(config), "--output", str(output)]
     )

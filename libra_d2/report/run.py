@@ -15,7 +15,7 @@ from libra_d2 import data  # noqa: F401  (imported to register)
 from libra_d2.config import add_libra_config, list_keys
 from libra_d2.engine.config_file import ObjectsAside
 from libra_d2.engine.own_data import register_data
-from libra_d2.metrics import read_metrics
+from libra_d2.metrics import read_metrics, split_score
 
 from .scored import Image
 
@@ -33,6 +33,7 @@ class Run:
     config: dict[str, Any]
     records: list[dict]
     environment: str
+    dataset: str  # of the images
     class_names: list[str]
     images: list[Image]
     problem: str  # why there are no images; "" if there are
@@ -44,7 +45,7 @@ class Run:
             name: value
             for record in self.records
             for name, value in record.items()
-            if name.rpartition("/")[2].startswith("AP")
+            if split_score(name)
         }
 
 
@@ -54,7 +55,8 @@ def read_run(folder: Path, name: str, dataset: str = "") -> Run:
     Args:
         folder: OUTPUT_DIR.
         name: what to call it.
-        dataset: what its predictions are of; "" for the first of its test data.
+        dataset: what its predictions are of; "" for the last of its test data, whose evaluation
+            replaces those of the others.
 
     Raises:
         ValueError: if it is not one.
@@ -65,12 +67,13 @@ def read_run(folder: Path, name: str, dataset: str = "") -> Run:
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"'{folder}' is no run's folder: it has no config.yaml") from error
     records = read_metrics(folder / "metrics.json")
-    problem, names, images = "", [], []
+    problem, seen, names, images = "", "", [], []
     try:
-        names, images = _read_images(folder, config, dataset)
-    except (ValueError, OSError, KeyError, AssertionError) as error:
+        seen, names, images = _read_images(folder, config, dataset)
+    except (ValueError, OSError, KeyError, TypeError, AssertionError) as error:
         problem = f"There are no predictions to look at: {error}"
-    return Run(name, folder, config, records, _environment(folder), names, images, problem)
+    environment = _environment(folder)
+    return Run(name, folder, config, records, environment, seen, names, images, problem)
 
 
 def _environment(folder: Path) -> str:
@@ -87,8 +90,8 @@ def _environment(folder: Path) -> str:
     return "\n".join(own[:end])
 
 
-def _read_images(folder: Path, config: dict, dataset: str) -> tuple[list[str], list[Image]]:
-    """Names of the classes, and each image with its ground truths and predictions."""
+def _read_images(folder: Path, config: dict, dataset: str) -> tuple[str, list[str], list[Image]]:
+    """The data set, its classes, and each image with its ground truths and predictions."""
     file = folder / "inference" / "coco_instances_results.json"
     if not file.is_file():
         raise ValueError(f"'{file}' is missing; a COCO evaluation writes it")
@@ -98,7 +101,7 @@ def _read_images(folder: Path, config: dict, dataset: str) -> tuple[list[str], l
         raise ValueError("the config names no test data")
     cfg = get_cfg()
     add_libra_config(cfg)
-    name = dataset or tests[0]
+    name = dataset or tests[-1]
     cfg.DATASETS.TEST = (name,)
     classes = config.get("DATASETS.CLASS_NAMES", config.get("dataloader.class_names")) or []
     cfg.DATASETS.CLASS_NAMES = list(classes)
@@ -108,10 +111,10 @@ def _read_images(folder: Path, config: dict, dataset: str) -> tuple[list[str], l
     found = {}
     for prediction in json.loads(file.read_text()):
         found.setdefault(prediction["image_id"], []).append(prediction)
-    if found and not any(record["image_id"] in found for record in records):
+    if not set(found) <= {record["image_id"] for record in records}:
         raise ValueError(f"those of '{file}' are not of '{name}'")
     images = [_image(record, found.get(record["image_id"], []), ids) for record in records]
-    return list(metadata.get("thing_classes") or classes), images
+    return name, list(metadata.get("thing_classes") or classes), images
 
 
 def _image(record: dict, predictions: list[dict], ids: dict[int, int] | None) -> Image:
