@@ -42,6 +42,14 @@ else:
     collect_ignore = [f.name for f in Path(__file__).parent.glob("test_*.py") if f.name not in CORE]
 
 
+# Whose tests take longest: they come first, so that no process is left with one of them at the end.
+LONG = ("test_run.py", "test_ablation.py", "test_lazy_config.py", "test_resumable.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=HAS_DETECTRON2)
 def environment_is_asked_for_once():
     """Each run logs it, which takes longer than a toy trains."""
