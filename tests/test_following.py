@@ -153,14 +153,6 @@ class TestBest:
         assert scored([25, 28], iterations=6, flags=["--resume"]) == 0
         assert torch.load(out / "model_best.pth", weights_only=True)["iteration"] == 1
 
-    def test_the_lowest_loss_is_best(self, run, out):
-        opts = ("TEST.EVAL_PERIOD", 2, "TEST.LOSSES", True)
-        assert run(*opts, "TEST.BEST_METRIC", "validation/total_loss", score=True) == 0
-        losses = {r["iteration"]: r.get("validation/total_loss") for r in records(out)}
-        losses = {min(i, 5): x for i, x in losses.items() if x is not None}
-        best = torch.load(out / "model_best.pth", weights_only=True)["iteration"]
-        assert losses[best] == min(losses.values())
-
     def test_nothing_is_counted_before_there_is_a_number(self, scored, out):
         nan = float("nan")
         assert scored([nan, nan, nan, 5, nan, 4], "TEST.PATIENCE", 2, iterations=9) == 0

@@ -28,8 +28,8 @@ SAME_BUT_FOR_NUMBERS = (
 RESUMED = [
     f"COCO-{kind}/{name}_R_50_FPN_1x.yaml"
     for kind, names in {
-        "Detection": "libra_faster_rcnn libra_cascade_rcnn libra_fast_rcnn pisa_faster_rcnn "
-        "ohem_faster_rcnn libra_retinanet mutual_guidance_retinanet pisa_retinanet libra_rpn",
+        "Detection": "libra_faster_rcnn libra_cascade_rcnn libra_fast_rcnn "
+        "ohem_faster_rcnn libra_retinanet mutual_guidance_retinanet libra_rpn",
         "InstanceSegmentation": "libra_cascade_mask_rcnn",
     }.items()
     for name in names.split()
@@ -212,7 +212,8 @@ def test_the_screen_shows_no_known_noise(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "detectron2").exists(), reason="needs make's own .venv")
 def test_make_demo_at_a_fraction_of_its_length(tmp_path):
-    args = "SOLVER.MAX_ITER 4 TEST.EVAL_PERIOD 4 SOLVER.CHECKPOINT_PERIOD 4 INPUT.MIN_SIZE_TEST 160"
+    args = "SOLVER.MAX_ITER 4 TEST.EVAL_PERIOD 4 SOLVER.CHECKPOINT_PERIOD 4 INPUT.MIN_SIZE_TEST 96"
+    args += " MODEL.RPN.POST_NMS_TOPK_TEST 50 TEST.DETECTIONS_PER_IMAGE 20"
     result = subprocess.run(
         ["make", "demo", f"DEMO={tmp_path}", f"ARGS={args}"],
         capture_output=True,
