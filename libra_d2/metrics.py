@@ -5,10 +5,15 @@ import json
 import re
 from pathlib import Path
 
-__all__ = ["read_metrics", "split_score"]
+__all__ = ["is_loss", "read_metrics", "split_score"]
 
 # A data set, where there are several, the task, and the number, whose class may have any name.
 _SCORE = re.compile(r"(?:(.*)/)?((?:bbox|segm|keypoints|box_proposals)(?:_TTA)?)/(A[PR].*)")
+
+
+def is_loss(name: str) -> bool:
+    """Whether a number of a run is a loss, in training or of test data."""
+    return name.rpartition("/")[2].startswith(("loss_", "total_loss"))
 
 
 def split_score(name: str) -> tuple[str, str, str] | None:

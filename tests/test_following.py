@@ -4,12 +4,14 @@ import json
 import signal
 from collections import OrderedDict
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from runs import LIBRA, RETINANET, at_iteration, files, model_of, same_weights, send
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,6 +30,7 @@ from libra_d2.drawing import draw_groups, shrink
 from libra_d2.engine import LibraTrainer, main
 from libra_d2.engine.average import WeightAverage
 from libra_d2.engine.following import BestModel, SampledRois
+from libra_d2.engine.stopping import FinishedEarly
 from libra_d2.engine.validation import mean_losses
 
 AVERAGE = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5, "SOLVER.BASE_LR", 1e-3)
@@ -172,6 +175,17 @@ class TestBest:
     )
     def test_what_is_better(self, metric, is_lowest):
         assert BestModel(2, None, metric)._compare(1, 2) == is_lowest
+
+    def test_all_processes_learn_that_it_is_over(self, monkeypatch, tmp_path):
+        """One that has no numbers makes no step either, and evaluates nothing."""
+        monkeypatch.setattr(comm, "is_main_process", lambda: False)
+        monkeypatch.setattr(comm, "all_gather", lambda own: [(True, (30.0, 1)), own])
+        hook = BestModel(1, None, "bbox/AP", patience=2)
+        cfg = SimpleNamespace(OUTPUT_DIR=str(tmp_path))
+        hook.trainer = SimpleNamespace(cfg=cfg, start_iter=4, iter=4, max_iter=5)
+        with pytest.raises(FinishedEarly):
+            hook.before_train()
+        assert hook.trainer.iter == 3
 
     def test_a_best_one_that_can_not_be_saved_is_none(self, scored, out, monkeypatch):
         def refuse(self, name, **extra):

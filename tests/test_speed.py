@@ -12,7 +12,7 @@ from toys import SMALL, small_config
 
 from libra_d2.config import get_key, list_keys
 from libra_d2.engine import LibraTrainer
-from libra_d2.engine.speed import ExactROIAlign, amp_dtype, settle_speed
+from libra_d2.engine.speed import ExactROIAlign, amp_dtype, fuse, settle_speed
 
 FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True, "SOLVER.FUSED", True)
 ON_CPU = {"SOLVER.FUSED": True, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
@@ -136,16 +136,19 @@ class TestFast:
         assert run("SOLVER.FAST", True, iterations=2) == 0
         assert "SOLVER.FAST: SOLVER.FUSED True" in capsys.readouterr().out
         assert "FUSED: true" in (out / "config.yaml").read_text()
+        saved = torch.load(out / "model_final.pth", weights_only=True)["trainer"]["_trainer"]
+        assert all(group["fused"] for group in saved["optimizer"]["param_groups"])
 
     @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
     def test_a_fused_step_is_the_same_up_to_rounding(self, optimizer):
         weights = []
         for fused in (False, True):
-            opts = ("SOLVER.FUSED", fused, "SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", 0.1)
+            opts = ("SOLVER.OPTIMIZER", optimizer, "SOLVER.BASE_LR", 0.1)
             cfg = small_config(BASELINE, *SMALL, *opts)
             model = build()
             steps = LibraTrainer.build_optimizer(cfg, model)
-            assert all(group["fused"] == fused or not fused for group in steps.param_groups)
+            if fused:
+                fuse(steps)
             generator = torch.Generator().manual_seed(0)
             for _ in range(3):
                 for p in model.parameters():

@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -25,6 +24,7 @@ from benchmarks import growth, models, parts
 from benchmarks.measuring import DEVICE, TABLES
 
 from libra_d2.checkpoint import write_whole
+from libra_d2.engine.run import one_sentence_errors
 
 BENCHMARKS = {
     "samplers": parts.benchmark_samplers,
@@ -58,16 +58,17 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
     )
     print(f"torch {torch.__version__}, {DEVICE}: {name}")
-    for what in args.what or BENCHMARKS:
-        BENCHMARKS[what](args.repeats)
-        if args.json:  # after each, as all take long
-            record = {"torch": torch.__version__, "device": DEVICE, "name": name, "tables": TABLES}
-            text = json.dumps({**record, "date": time.strftime("%Y-%m-%d")}, indent=1)
-            write_whole(args.json, partial(_write, text))
+    with one_sentence_errors(parser.prog):
+        for what in args.what or BENCHMARKS:
+            BENCHMARKS[what](args.repeats)
+            if args.json:  # after each, as all take long
+                _write(args.json, name)
 
 
-def _write(text: str, path: str) -> None:
-    Path(path).write_text(text)
+def _write(file: str, name: str) -> None:
+    record = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": DEVICE}
+    text = json.dumps({**record, "name": name, "tables": TABLES}, indent=1)
+    write_whole(file, lambda path: Path(path).write_text(text))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
@@ -22,6 +21,7 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from torch import Tensor
 
 from libra_d2.engine import LazyTrainer, LibraTrainer
+from libra_d2.engine.following import input_picture
 from libra_d2.engine.lazy_config import RunConfig
 from libra_d2.engine.own_data import register_data
 from libra_d2.inference.detector import Detector
@@ -63,9 +63,7 @@ def annotated_images(detector: Detector, number: int, start: int = 0) -> Iterato
 
 def picture_of(detector: Detector, image: dict) -> np.ndarray:
     """An image as it goes into the model, (H, W, 3) uint8, RGB."""
-    pixels = image["image"].permute(1, 2, 0).numpy()
-    rgb = convert_image_to_rgb(pixels, detector.cfg.INPUT.FORMAT)
-    return np.ascontiguousarray(rgb, dtype=np.uint8)
+    return input_picture(image, detector.cfg.INPUT.FORMAT)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from libra_d2.metrics import read_metrics, split_score
+from libra_d2.metrics import is_loss, read_metrics, split_score
 
 from .pictures import new_figure, plain_text, save
 
@@ -30,7 +30,7 @@ def analyse_runs(paths: Sequence[Path], output: Path) -> list[str]:
         name = folder.name if len(paths) == 1 else f"{folder.parent.name}/{folder.name}"
         runs[name if name not in runs else str(folder)] = records
     names = sorted({name for records in runs.values() for r in records for name in r})
-    losses = [n for n in names if n.rpartition("/")[2].startswith(("loss_", "total_loss"))]
+    losses = [n for n in names if is_loss(n)]
     if len(runs) > 1:
         losses = [n for n in losses if n.rpartition("/")[2] == "total_loss"]
     bins = [n for n in names if n.startswith("roi_head/negative_iou_bin")]

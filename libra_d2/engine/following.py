@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from libra_d2.config import suggest
 from libra_d2.drawing import draw, draw_groups, make_sheet, shrink
-from libra_d2.metrics import read_metrics
+from libra_d2.metrics import is_loss, read_metrics, split_score
 
 from .stopping import FinishedEarly
 from .weights import WeightsCheckpointer
 
-__all__ = ["BestModel", "SampledRois", "show_predictions"]
+__all__ = ["BestModel", "SampledRois", "input_picture", "show_predictions"]
 
 _SHOWN_SCORE = 0.5
 _LONGEST = 480  # pixels of an image on a sheet
@@ -47,9 +47,7 @@ class BestModel(hooks.BestCheckpointer):
     def __init__(
         self, period: int, checkpointer: WeightsCheckpointer, metric: str, patience: int = 0
     ):
-        is_loss = metric.rpartition("/")[2].startswith(("loss_", "total_loss"))
-        mode = "min" if is_loss else "max"
-        super().__init__(period, _Beside(checkpointer), metric, mode)
+        super().__init__(period, _Beside(checkpointer), metric, "min" if is_loss(metric) else "max")
         self.patience = patience
         self.since_best = 0
 
@@ -61,9 +59,10 @@ class BestModel(hooks.BestCheckpointer):
             for record in read_metrics(folder / "metrics.json"):
                 if self._val_metric in record:
                     self._count(record[self._val_metric], record["iteration"])
-        if 0 < self.patience <= self.since_best:  # no step is made, nor evaluated
-            self.trainer.iter = self.trainer.start_iter - 1
+        # Where it is over, no step was made that after_train would evaluate.
+        self.trainer.iter -= 1
         self._stop_if_over()
+        self.trainer.iter += 1
 
     def after_step(self) -> None:
         following = self.trainer.iter + 1
@@ -80,7 +79,7 @@ class BestModel(hooks.BestCheckpointer):
             return
         latest = self.trainer.storage.latest()
         if self._val_metric not in latest or latest[self._val_metric][1] != self.trainer.iter:
-            numbers = [n for n in latest if n.rpartition("/")[2].startswith(("AP", "total", "AR"))]
+            numbers = [n for n in latest if split_score(n) or n.endswith("total_loss")]
             self._logger.warning(
                 "TEST.BEST_METRIC '%s' was not measured%s; there is %s",
                 *(self._val_metric, suggest(self._val_metric, numbers), ", ".join(sorted(numbers))),
@@ -173,9 +172,7 @@ class SampledRois(HookBase):
             lowest = np.nextafter(highest, 2.0)
         name = f"{int(is_positive.sum())} positives"
         groups.append((name, _POSITIVE, boxes[is_positive].numpy()))
-        image = self._image["image"].cpu().permute(1, 2, 0).numpy()
-        image = convert_image_to_rgb(image, self.trainer.cfg.INPUT.FORMAT)
-        picture = draw_groups(np.ascontiguousarray(image, dtype=np.uint8), groups)
+        picture = draw_groups(input_picture(self._image, self.trainer.cfg.INPUT.FORMAT), groups)
         self.trainer.storage.put_image("sampled_rois", _as_image(picture))
 
 
@@ -219,6 +216,17 @@ def _drawn(image: np.ndarray, found: Instances, names: list[str]) -> np.ndarray:
     ]
     masks = found.pred_masks.numpy() if found.has("pred_masks") else None
     return draw(image, found.pred_boxes.tensor.numpy(), classes, labels, masks)
+
+
+def input_picture(record: dict, format: str) -> np.ndarray:
+    """What a model gets for an image, (H, W, 3) uint8, RGB.
+
+    Args:
+        record: with ``image``, (C, H, W).
+        format: ``INPUT.FORMAT``.
+    """
+    pixels = record["image"].cpu().permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(convert_image_to_rgb(pixels, format), dtype=np.uint8)
 
 
 def _as_image(picture: np.ndarray) -> Tensor:

@@ -28,7 +28,7 @@ from libra_d2.data.loader import (
 )
 
 from .lazy_config import build_lazy_model
-from .speed import fuse, prepare_model
+from .speed import prepare_model
 from .trainer import LibraTrainer
 
 __all__ = ["LazyTrainer"]
@@ -58,8 +58,7 @@ class LazyTrainer(LibraTrainer):
         """``optimizer``, of the model's parameters."""
         optimizer = cfg.lazy.optimizer.copy()
         optimizer.params.model = model
-        optimizer = instantiate(optimizer)
-        return fuse(optimizer) if cfg.SOLVER.FUSED else optimizer
+        return instantiate(optimizer)
 
     @classmethod
     def build_lr_scheduler(

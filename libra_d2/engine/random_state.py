@@ -1,6 +1,8 @@
 """What a run would draw next, and other numbers that change with every step beside the weights."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,13 @@ import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-__all__ = ["get_random_state", "get_running_numbers", "set_random_state", "set_running_numbers"]
+__all__ = [
+    "get_random_state",
+    "get_running_numbers",
+    "kept_random_state",
+    "set_random_state",
+    "set_running_numbers",
+]
 
 
 def get_random_state() -> dict[str, Any]:
@@ -30,6 +38,16 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Lets what follows draw the random numbers that it would have drawn without what is inside."""
+    state = get_random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def get_running_numbers(model: nn.Module) -> dict[str, float]:

@@ -21,6 +21,7 @@ from .hooks import Checkpoints, Writer
 from .random_state import (
     get_random_state,
     get_running_numbers,
+    kept_random_state,
     set_random_state,
     set_running_numbers,
 )
@@ -78,11 +79,8 @@ class ResumableTrainer(DefaultTrainer):
         evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     ) -> dict:
         """The parent's; training draws the same random numbers whether or not it was called."""
-        state = get_random_state()
-        try:
+        with kept_random_state():
             results = super().test(cfg, model, evaluators)
-        finally:
-            set_random_state(state)
         return results if cfg.TEST.AP_PER_CLASS else _without_classes(results)
 
     @property
@@ -270,8 +268,8 @@ class ResumableTrainer(DefaultTrainer):
         """Scores, and what else the keys of ``TEST`` ask for."""
         cfg, model = self.cfg, self.tested_model
         results = self.test(cfg, model)
-        state = get_random_state()  # a loader draws
-        try:
+        with kept_random_state():  # a loader draws
+            # An average has no running numbers of its own.
             set_running_numbers(model, get_running_numbers(self.checkpointer.model))
             for name in cfg.DATASETS.TEST if cfg.TEST.LOSSES else ():
                 losses = mean_losses(model, self.build_loss_loader(cfg, name))
@@ -281,8 +279,6 @@ class ResumableTrainer(DefaultTrainer):
                 loader = self.build_test_loader(cfg, cfg.DATASETS.TEST[0])
                 with inference_context(model):
                     show_predictions(cfg, model, loader, self.storage.put_image)
-        finally:
-            set_random_state(state)
         return results
 
 

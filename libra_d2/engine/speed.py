@@ -41,12 +41,11 @@ def cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def fuse(optimizer: torch.optim.Optimizer) -> None:
     """Makes an optimizer's step one kernel, in place, if it is one of torch's that can."""
     for group in optimizer.param_groups:
         if "fused" in group:
             group.update(fused=True, foreach=False)
-    return optimizer
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype:

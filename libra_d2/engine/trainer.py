@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
@@ -26,6 +26,7 @@ from libra_d2.data.loader import (
     TrainLoader,
     build_test_loader,
     build_train_loader,
+    test_loader_of,
 )
 
 from .average import WeightAverage
@@ -66,6 +67,8 @@ class LibraTrainer(ResumableTrainer):
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        if cfg.SOLVER.FUSED:
+            fuse(optimizer)
         loader = self.build_train_loader(cfg)
         self._trainer = CheckedTrainer(
             self.distribute_model(cfg, model),
@@ -141,8 +144,7 @@ class LibraTrainer(ResumableTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """detectron2's SGD, or AdamW, as ``SOLVER.OPTIMIZER`` says."""
         if cfg.SOLVER.OPTIMIZER == "SGD":
-            optimizer = build_optimizer(cfg, model)
-            return fuse(optimizer) if cfg.SOLVER.FUSED else optimizer
+            return build_optimizer(cfg, model)
         params = get_default_optimizer_params(
             model,
             base_lr=cfg.SOLVER.BASE_LR,
@@ -151,8 +153,7 @@ class LibraTrainer(ResumableTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        optimizer = adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-        return fuse(optimizer) if cfg.SOLVER.FUSED else optimizer
+        return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -171,9 +172,11 @@ class LibraTrainer(ResumableTrainer):
         Raises:
             ValueError: if it has no annotations.
         """
-        if "annotations" not in DatasetCatalog.get(dataset_name)[0]:
-            raise ValueError(f"TEST.LOSSES True: '{dataset_name}' has no annotations")
-        return build_test_loader(cfg, dataset_name, loss_mapper(cfg))
+        mapper = loss_mapper(cfg)
+        parts = build_detection_test_loader.from_config(cfg, dataset_name, mapper)
+        if "annotations" not in parts["dataset"][0]:
+            raise ValueError(f"'{dataset_name}' has no annotations, from which losses come")
+        return test_loader_of(parts)
 
     @classmethod
     def build_evaluator(

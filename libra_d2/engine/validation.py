@@ -15,12 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .random_state import (
-    get_random_state,
-    get_running_numbers,
-    set_random_state,
-    set_running_numbers,
-)
+from .random_state import get_running_numbers, kept_random_state, set_running_numbers
 
 __all__ = ["loss_mapper", "mean_losses"]
 
@@ -52,7 +47,7 @@ def mean_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, flo
         where the model's boxes are not finite.
     """
     sums, number, problem = Counter(), 0, ""
-    with _as_for_losses(model), torch.no_grad(), EventStorage():
+    with kept_random_state(), _as_for_losses(model), torch.no_grad(), EventStorage():
         torch.manual_seed(0)
         try:
             for batch in loader:
@@ -76,7 +71,7 @@ def _as_for_losses(model: nn.Module) -> Iterator[None]:
     """Lets a model give losses, and leaves it as it was."""
     modes = {module: module.training for module in model.modules()}
     periods = {m: m.vis_period for m in model.modules() if getattr(m, "vis_period", 0)}
-    random_state, running = get_random_state(), get_running_numbers(model)
+    running = get_running_numbers(model)
     try:
         for module in modes:
             as_in_tests = isinstance(module, _AS_IN_TESTS) or type(module).__name__ == "DropPath"
@@ -93,4 +88,3 @@ def _as_for_losses(model: nn.Module) -> Iterator[None]:
             prefix, _, attribute = name.rpartition(".")
             delattr(model.get_submodule(prefix), attribute)
         set_running_numbers(model, running)
-        set_random_state(random_state)

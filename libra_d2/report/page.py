@@ -70,8 +70,8 @@ def write_report(
     write_whole(str(output), lambda path: Path(path).write_text(page, encoding="utf-8"))
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def _summary(runs: Sequence[Run]) -> dict:

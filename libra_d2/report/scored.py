@@ -64,7 +64,7 @@ def match(image: Image, minimum: float = 0.0, by_class: bool = True) -> np.ndarr
     for i in range(len(found)):
         if image.scores[i] < minimum:
             continue
-        fits = image.ious[i] >= min(_IOU, 1 - 1e-10)
+        fits = image.ious[i] >= _IOU
         if by_class:
             fits = fits & (image.truth_classes == image.classes[i])
         free = np.flatnonzero(fits & ~taken & ~image.crowds)

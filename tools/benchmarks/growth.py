@@ -5,19 +5,14 @@ from functools import partial
 
 import numpy as np
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.sampling import subsample_labels
-from detectron2.structures import pairwise_iou
-from detectron2.utils.events import EventStorage
 
 from libra_d2.layers import BalancedFeaturePyramid
-from libra_d2.modeling import MutualGuidanceMatcher
 from libra_d2.ranking import reweight_positives
 from libra_d2.sampling import sample_hard, sample_score_hlr_negatives
 
-from .measuring import DEVICE, make_inputs, measure, show
-from .parts import make_anchors, make_matches, peak_memory, sample_both
+from .measuring import DEVICE, measure, show
+from .parts import make_matches, make_matchings, peak_memory, sample_both
 
 _PROPOSALS = (500, 1000, 2000, 4000, 8000)
 _IMAGES = (1, 2, 4, 8, 16)
@@ -28,9 +23,9 @@ _OBJECTS = (1, 10, 30, 100, 500)
 def benchmark_growth(repeats: int) -> None:
     _show("proposals", _PROPOSALS, _by_proposals, repeats * 3)
     _show("images", _IMAGES, _by_images, repeats * 3)
-    _show("pixels", _SIDES, _by_pixels, max(3, repeats // 3), of=lambda side: side * side * 0.6)
-    _show("objects", _OBJECTS, _by_objects, max(3, repeats // 3))
-    rows = [(n, peak_memory(_by_objects(n)["Mutual Guidance"])) for n in _OBJECTS]
+    _show("pixels", _SIDES, _by_pixels, max(3, repeats // 3), of=lambda side: side**2)
+    _show("objects", _OBJECTS, make_matchings, max(3, repeats // 3))
+    rows = [(n, peak_memory(make_matchings(n)["Mutual Guidance"])) for n in _OBJECTS]
     show(f"Memory of Mutual Guidance's matching ({DEVICE})", rows, ("objects", "MiB"))
 
 
@@ -50,7 +45,7 @@ def _show(
         tail = slice(len(sizes) // 2, None)
         slope = np.polyfit(np.log([of(s) for s in sizes[tail]]), np.log(values[tail]), 1)[0]
         rows.append((name, *(1000 * v for v in values), slope))
-    unit = "shorter sides" if what == "pixels" else what
+    unit = "longer sides" if what == "pixels" else what
     headers = ("part", *(f"{size}" for size in sizes), "exponent")
     show(f"Growth with {what} ({unit} as columns, ms, {DEVICE})", rows, headers)
 
@@ -87,23 +82,3 @@ def _by_pixels(side: int) -> dict[str, Callable]:
         bfp = BalancedFeaturePyramid(256, 5, refine_type=refine).to(DEVICE).eval()
         steps[f"BFP, {refine}"] = partial(torch.no_grad()(bfp), levels)
     return steps
-
-
-def _by_objects(number: int) -> dict[str, Callable]:
-    anchors = make_anchors((800, 1216)).to(DEVICE)
-    gt = make_inputs((800, 1216), num_images=1, num_objects=number)[0]["instances"].to(DEVICE)
-    generator = torch.Generator().manual_seed(0)
-    logits = (torch.randn(1, len(anchors), 80, generator=generator) - 4).to(DEVICE)
-    deltas = (torch.randn(1, len(anchors), 4, generator=generator) * 0.1).to(DEVICE)
-    max_iou = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
-    guided = MutualGuidanceMatcher(sigma=2.0, positive_iou=0.5, negative_iou=0.4)
-    transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
-
-    def match() -> None:
-        with EventStorage():
-            guided(anchors, logits, deltas, [gt], transform)
-
-    return {
-        "pairwise_iou + Matcher (detectron2)": lambda: max_iou(pairwise_iou(gt.gt_boxes, anchors)),
-        "Mutual Guidance": match,
-    }

@@ -138,29 +138,32 @@ def benchmark_bfp(repeats: int) -> None:
 # ---- matching of Mutual Guidance
 
 
-def benchmark_matching(repeats: int) -> None:
-    """Both labellings of one image against detectron2's one, on all anchors of 800x1216."""
+def make_matchings(num_objects: int) -> dict[str, Callable]:
+    """Both labellings of one image and detectron2's one, on all anchors of 800x1216."""
     anchors = make_anchors((800, 1216)).to(DEVICE)
-    gt = make_inputs((800, 1216), num_images=1, num_objects=30)[0]["instances"].to(DEVICE)
+    gt = make_inputs((800, 1216), num_images=1, num_objects=num_objects)[0]["instances"].to(DEVICE)
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(1, len(anchors), 80, generator=generator) - 4).to(DEVICE)
     deltas = (torch.randn(1, len(anchors), 4, generator=generator) * 0.1).to(DEVICE)
     max_iou = Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True)
     guided = MutualGuidanceMatcher(sigma=2.0, positive_iou=0.5, negative_iou=0.4)
     transform = Box2BoxTransform((1.0, 1.0, 1.0, 1.0))
-    with EventStorage():
-        seconds = measure(
-            {
-                "pairwise_iou + Matcher (detectron2)": lambda: max_iou(
-                    pairwise_iou(gt.gt_boxes, anchors)
-                ),
-                "Mutual Guidance": lambda: guided(anchors, logits, deltas, [gt], transform),
-            },
-            repeats,
-        )
+
+    def guide() -> None:
+        with EventStorage():
+            guided(anchors, logits, deltas, [gt], transform)
+
+    return {
+        "pairwise_iou + Matcher (detectron2)": lambda: max_iou(pairwise_iou(gt.gt_boxes, anchors)),
+        "Mutual Guidance": guide,
+    }
+
+
+def benchmark_matching(repeats: int) -> None:
+    seconds = measure(make_matchings(30), repeats)
     plain = next(iter(seconds.values()))
     show(
-        f"Matching 30 objects with {len(anchors):,} anchors ({DEVICE})",
+        f"Matching 30 objects with {len(make_anchors((800, 1216))):,} anchors ({DEVICE})",
         [(name, 1000 * value, value / plain) for name, value in seconds.items()],
         ("matching", "ms", "ratio"),
     )
