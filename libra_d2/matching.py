@@ -7,17 +7,18 @@ Shape shorthand in this module:
 
     G: number of ground truths of an image
     A: number of anchors
+    P: number of pairs of them that overlap, a few percent of G times A
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 __all__ = ["check_mutual_guidance", "classify_to_localize", "localize_to_classify"]
 
-# Beyond any quality, so that the largest entry of a column tells an anchor's state.
-_POSITIVE, _IGNORED = 3.0, 2.0
+_POSITIVE, _IGNORED = 2, 1  # the larger is the stronger claim to an anchor
 
 
 def check_mutual_guidance(positive_iou: float, negative_iou: float, sigma: float = 2.0) -> None:
@@ -45,8 +46,10 @@ def localize_to_classify(
     for a ground truth, but ranked by the IoU of the predicted boxes.
 
     Args:
-        anchor_ious: IoU of ground truths and anchors, (G, A) in [0, 1].
-        regressed_ious: IoU of ground truths and the boxes now predicted from the anchors, (G, A).
+        anchor_ious: IoU of ground truths and anchors, (G, A) in [0, 1]; dense, or sparse (COO), as
+            :func:`libra_d2.modeling.overlaps.find_overlaps` gives it for many objects.
+        regressed_ious: IoU of ground truths and the boxes now predicted from the anchors, (G, A);
+            dense or sparse.
         positive_iou: a ground truth has as many positives as anchors of at least this IoU.
         negative_iou: of those of at least this IoU the rest are ignored.
 
@@ -60,11 +63,13 @@ def localize_to_classify(
     """
     check_mutual_guidance(positive_iou, negative_iou)
     _check_shapes(anchor_ious, regressed_ious)
+    anchor_pairs = _Pairs.of(anchor_ious)
+    own = anchor_pairs.own(negative_iou)
     return _label(
-        _keep_best(regressed_ious),
-        anchor_ious,
-        num_positives=_count(anchor_ious, positive_iou),
-        num_not_negative=_count(anchor_ious, negative_iou),
+        _Pairs.of(regressed_ious).own(),
+        anchor_pairs,
+        num_positives=own.count(positive_iou),
+        num_not_negative=own.count(negative_iou),
     )
 
 
@@ -84,9 +89,9 @@ def classify_to_localize(
     a score of 0.
 
     Args:
-        anchor_ious: IoU of ground truths and anchors, (G, A) in [0, 1].
+        anchor_ious: IoU of ground truths and anchors, (G, A) in [0, 1]; dense or sparse (COO).
         class_scores: scores now predicted at the anchors for the ground truths' classes, (G, A)
-            in [0, 1].
+            in [0, 1]; dense, or sparse at the indices of sparse ``anchor_ious``.
         sigma: greater than 1; the larger, the less the scores matter.
         positive_iou: a ground truth has as many positives as anchors of at least this IoU.
         negative_iou: checked like that of :func:`localize_to_classify`, so that both take the same
@@ -103,10 +108,18 @@ def classify_to_localize(
     """
     check_mutual_guidance(positive_iou, negative_iou, sigma)
     _check_shapes(anchor_ious, class_scores)
-    num_positives = _count(anchor_ious, positive_iou)
+    anchor_pairs = _Pairs.of(anchor_ious)
+    if not class_scores.is_sparse:
+        scores = class_scores[anchor_pairs.gts, anchor_pairs.anchors]
+    elif torch.equal(class_scores.indices(), anchor_ious.indices()):
+        scores = class_scores.values()
+    else:
+        raise ValueError("sparse class_scores must have the indices of sparse anchor_ious")
+    amplified = anchor_pairs.values ** ((sigma - scores) / sigma)
+    num_positives = anchor_pairs.own(positive_iou).count(positive_iou)
     return _label(
-        _keep_best(_amplify(anchor_ious, class_scores, sigma)),
-        anchor_ious,
+        replace(anchor_pairs, values=amplified).own(),
+        anchor_pairs,
         num_positives=num_positives,
         num_not_negative=num_positives,
     )
@@ -120,85 +133,117 @@ def _check_shapes(anchor_ious: Tensor, other: Tensor) -> None:
         )
 
 
-def _amplify(anchor_ious: Tensor, class_scores: Tensor, sigma: float) -> Tensor:
-    amplified = anchor_ious.clone()
-    overlap = anchor_ious.nonzero(as_tuple=True)  # a few percent; 0 stays 0
-    amplified[overlap] = anchor_ious[overlap] ** ((sigma - class_scores[overlap]) / sigma)
-    return amplified
+@dataclass(frozen=True)
+class _Pairs:
+    """The entries of a (G, A) matrix that are not 0, by rows."""
 
+    gts: Tensor  # (P,) int64, ascending
+    anchors: Tensor  # (P,) int64
+    values: Tensor  # (P,)
+    shape: tuple[int, int]
 
-def _keep_best(quality: Tensor) -> Tensor:
-    """A copy in which each ground truth's best anchor counts 1, and an anchor only for its best.
+    @classmethod
+    def of(cls, matrix: Tensor) -> "_Pairs":
+        matrix = (matrix if matrix.is_sparse else matrix.to_sparse()).coalesce()
+        return cls(*matrix.indices(), matrix.values(), tuple(matrix.shape))
 
-    What an anchor is not best for is 0 there. A ground truth that nothing overlaps has no best.
-    """
-    quality = quality.clone()
-    if quality.numel() == 0:
-        return quality
-    best, anchors = quality.max(dim=1, keepdim=True)
-    quality.scatter_(1, anchors, (best > 0).to(quality.dtype))
-    return quality.masked_fill_(quality != quality.amax(dim=0), 0.0)
+    def __getitem__(self, chosen: Tensor) -> "_Pairs":
+        return _Pairs(self.gts[chosen], self.anchors[chosen], self.values[chosen], self.shape)
 
+    def own(self, at_least: float = 0.0) -> "_Pairs":
+        """Those pairs in which an anchor is with its best ground truth.
 
-def _count(anchor_ious: Tensor, iou: float) -> Tensor:
-    """Number of each ground truth's own anchors of at least this IoU, (G,) int64."""
-    if anchor_ious.numel() == 0:
-        return anchor_ious.new_zeros(len(anchor_ious), dtype=torch.int64)
-    # Few anchors reach it, or are the best of a ground truth: the others need no look.
-    within_reach = anchor_ious.amax(dim=0) >= iou
-    within_reach[anchor_ious.max(dim=1).indices] = True
-    return (_keep_best(anchor_ious[:, within_reach]) >= iou).sum(dim=1)
+        Before that, the best anchor of each ground truth counts 1.
+
+        Args:
+            at_least: those below may be missing, but for the best of each ground truth.
+        """
+        # One look at all pairs leaves few: the largest of each ground truth and of each anchor.
+        leads = self.values == self._highest(self.gts, self.shape[0])
+        if at_least > 0:
+            leads |= self.values >= at_least
+        else:
+            leads |= self.values == self._highest(self.anchors, self.shape[1])
+        pairs = self[leads]
+        first = pairs.best_of_gts()
+        pairs.values[first[first < len(pairs.values)]] = 1.0
+        return pairs[pairs.values == pairs._highest(pairs.anchors, self.shape[1])]
+
+    def best_of_gts(self) -> Tensor:
+        """Position of each ground truth's largest value, the first of equal ones; P without any."""
+        num_gts, num_pairs = self.shape[0], len(self.values)
+        positions = torch.arange(num_pairs, device=self.gts.device)
+        is_best = self.values == self._highest(self.gts, num_gts)
+        positions = positions.masked_fill(~is_best, num_pairs)
+        first = self.gts.new_full((num_gts,), num_pairs)
+        return first.scatter_reduce(0, self.gts, positions, "amin")
+
+    def _highest(self, groups: Tensor, number: int) -> Tensor:
+        """The largest value of each pair's group, (P,)."""
+        highest = self.values.new_zeros(number).scatter_reduce(0, groups, self.values, "amax")
+        return highest[groups]
+
+    def count(self, minimum: float) -> Tensor:
+        """Number of each ground truth's values of at least this, (G,) int64."""
+        return self.gts[self.values >= minimum].bincount(minlength=self.shape[0])
+
+    def ranks(self) -> Tensor:
+        """Rank of each pair's value among those of its ground truth, (P,) from 0, the largest."""
+        order = self.values.argsort(descending=True, stable=True)
+        order = order[self.gts[order].argsort(stable=True)]
+        starts = torch.searchsorted(self.gts, torch.arange(self.shape[0], device=order.device))
+        positions = torch.arange(len(order), device=order.device)
+        return torch.empty_like(order).scatter(0, order, positions) - starts[self.gts]
 
 
 def _label(
-    quality: Tensor, anchor_ious: Tensor, *, num_positives: Tensor, num_not_negative: Tensor
+    own: _Pairs, anchor_pairs: _Pairs, *, num_positives: Tensor, num_not_negative: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Labels the first of each ground truth's ranking positive, those after them ignored.
 
+    Anchors that are not a ground truth's own are never taken: were they, an object with few good
+    predictions would claim anchors anywhere in the image.
+
     Args:
-        quality: outcome of :func:`_keep_best`, (G, A); overwritten.
-        anchor_ious: (G, A).
+        own: what :meth:`_Pairs.own` gives for the quality to rank by.
+        anchor_pairs: IoUs of the anchors.
         num_positives: (G,) int64.
         num_not_negative: number of positive and ignored anchors, (G,) int64.
     """
-    if quality.numel() == 0:
-        labels = quality.new_zeros(quality.shape[1], dtype=torch.int8)
-        return labels.long(), labels
-    # Anchors that are not this ground truth's own, of quality 0, are never taken: were they, an
-    # object with few good predictions would claim anchors anywhere in the image.
-    values, anchors = quality.topk(int(num_not_negative.max()), dim=1)
-    rank = torch.arange(values.shape[1], device=values.device)
-    state = values.masked_fill(rank < num_not_negative[:, None], _IGNORED)
-    state.masked_fill_(rank < num_positives[:, None], _POSITIVE)
-    quality.scatter_(1, anchors, torch.where(values > 0, state, values))
+    num_gts, num_anchors = own.shape
+    ranks = own.ranks()
+    states = (ranks < num_not_negative[own.gts]).to(torch.int8) * _IGNORED
+    states = states.masked_fill(ranks < num_positives[own.gts], _POSITIVE)
 
-    state, matched_gt = quality.max(dim=0)
+    state = states.new_zeros(num_anchors).scatter_reduce(0, own.anchors, states, "amax")
+    matched_gt = _first_gt(own.gts.masked_fill(states != state[own.anchors], num_gts), own)
     labels = (state == _POSITIVE).to(torch.int8) - (state == _IGNORED).to(torch.int8)
-    return _serve_left_out(anchor_ious, matched_gt, labels)
+    matched_gt = matched_gt.masked_fill(matched_gt == num_gts, 0)
+    return _serve_left_out(anchor_pairs, matched_gt, labels)
 
 
-def _serve_left_out(
-    anchor_ious: Tensor, matched_gt: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor]:
+def _first_gt(gts: Tensor, pairs: _Pairs) -> Tensor:
+    """The lowest number among the pairs of each anchor, (A,) int64; G where it has none."""
+    num_gts, num_anchors = pairs.shape
+    return gts.new_full((num_anchors,), num_gts).scatter_reduce(0, pairs.anchors, gts, "amin")
+
+
+def _serve_left_out(pairs: _Pairs, matched_gt: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Gives every ground truth without a positive the free anchor of its largest IoU.
 
     Left out are those that share their best anchor with another, and those that all predictions
     miss. They are few; if several want the same anchor, the first gets it and the others choose
     again.
     """
-    num_gts, num_anchors = anchor_ious.shape
+    num_gts = pairs.shape[0]
     while True:
-        left_out = (
-            labels.new_ones(num_gts).index_fill(0, matched_gt[labels == 1], 0).nonzero()[:, 0]
-        )
-        if len(left_out) == 0:
+        left_out = labels.new_ones(num_gts).index_fill(0, matched_gt[labels == 1], 0)
+        pairs = pairs[left_out[pairs.gts] == 1]
+        pairs = pairs[labels[pairs.anchors] != 1]
+        if len(pairs.values) == 0:
             return matched_gt, labels
-        free = anchor_ious[left_out].masked_fill(labels == 1, 0.0)
-        best, anchors = free.max(dim=1)
-        anchors, left_out = anchors[best > 0], left_out[best > 0]
-        if len(left_out) == 0:
-            return matched_gt, labels
-        winner = matched_gt.new_full((num_anchors,), num_gts)
-        winner = winner.scatter_reduce(0, anchors, left_out, "amin")
+        best = pairs.best_of_gts()
+        wanted = pairs[best[best < len(pairs.values)]]
+        winner = _first_gt(wanted.gts, wanted)
         matched_gt = torch.where(winner < num_gts, winner, matched_gt)
         labels = torch.where(winner < num_gts, 1, labels)

@@ -199,6 +199,37 @@ class TestNoObjectIsLeftOut:
         assert labels.tolist() == [1, 0, 0, 1, 0] and matched_gt[3] == 1
 
 
+class TestSparse:
+    """Matrices of the overlapping pairs alone."""
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_same_as_dense(self, seed):
+        anchor_ious, regressed_ious, scores = scene(seed, num_gts=40, noise=15.0)
+        sparse_ious = anchor_ious.to_sparse()
+        sparse_scores = (scores * (anchor_ious > 0)).to_sparse()
+        dense = localize_to_classify(anchor_ious, regressed_ious)
+        for got in (
+            localize_to_classify(sparse_ious, regressed_ious.to_sparse()),
+            localize_to_classify(sparse_ious, regressed_ious),
+        ):
+            assert_same(got, dense)
+        dense = classify_to_localize(anchor_ious, scores)
+        assert_same(classify_to_localize(sparse_ious, sparse_scores), dense)
+        assert_same(classify_to_localize(sparse_ious, scores), dense)
+
+    def test_scores_must_be_those_of_the_pairs(self):
+        anchor_ious = torch.tensor([[0.6, 0.0, 0.3]]).to_sparse()
+        scores = torch.tensor([[0.6, 0.3, 0.0]]).to_sparse()
+        with pytest.raises(ValueError, match="must have the indices of sparse anchor_ious"):
+            classify_to_localize(anchor_ious, scores)
+
+
+def test_of_equal_predictions_the_first_anchor_is_taken():
+    anchor_ious = torch.tensor([[0.9, 0.5, 0.3, 0.3, 0.3]])
+    _, labels = localize_to_classify(anchor_ious, torch.full((1, 5), 0.4))
+    assert labels.tolist() == [1, 1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
 def test_nothing_to_match(shape):
     for function in (localize_to_classify, classify_to_localize):

@@ -13,12 +13,13 @@ from typing import Protocol
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from libra_d2.matching import check_mutual_guidance, classify_to_localize, localize_to_classify
 
+from .overlaps import find_overlaps
 from .switches import DoesNotFit, SwitchRegistry, from_keys
 
 __all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
@@ -134,9 +135,16 @@ class MutualGuidanceMatcher:
             boxes = torch.zeros_like(anchors.tensor)
             zero = logits.new_zeros((), dtype=torch.float32)
             return _Labels(labels, boxes, labels, boxes, zero, zero, zero)
-        anchor_ious = pairwise_iou(gt.gt_boxes, anchors)
-        regressed_ious = pairwise_iou(gt.gt_boxes, Boxes(pred_boxes))
-        scores = logits.index_select(1, gt.gt_classes).float().sigmoid().t()  # (G, R)
+        anchor_ious = find_overlaps(gt.gt_boxes, anchors)
+        regressed_ious = find_overlaps(gt.gt_boxes, Boxes(pred_boxes))
+        gts, indices = anchor_ious.indices()
+        scores = torch.sparse_coo_tensor(
+            anchor_ious.indices(),
+            logits[indices, gt.gt_classes[gts]].float().sigmoid(),
+            anchor_ious.shape,
+            is_coalesced=True,
+            check_invariants=False,
+        )
         thresholds = {"positive_iou": self.positive_iou, "negative_iou": self.negative_iou}
         cls_gt, cls_labels = localize_to_classify(anchor_ious, regressed_ious, **thresholds)
         box_gt, box_labels = classify_to_localize(
@@ -145,7 +153,8 @@ class MutualGuidanceMatcher:
 
         is_positive = cls_labels == 1
         classes = torch.where(is_positive, gt.gt_classes[cls_gt], background)
-        ious = regressed_ious.gather(0, cls_gt.unsqueeze(0)).squeeze(0)
+        gts, indices = regressed_ious.indices()
+        is_matched = is_positive[indices] & (cls_gt[indices] == gts)
         return _Labels(
             cls_labels=classes.masked_fill(cls_labels == -1, -1),
             cls_boxes=gt.gt_boxes.tensor[cls_gt],
@@ -153,7 +162,7 @@ class MutualGuidanceMatcher:
             box_boxes=gt.gt_boxes.tensor[box_gt],
             num_agreed=(is_positive & (box_labels == 1) & (cls_gt == box_gt)).sum(),
             num_positives=is_positive.sum(),
-            sum_ious=ious[is_positive].sum(),
+            sum_ious=regressed_ious.values()[is_matched].sum(),
         )
 
     def _log(self, labels: list[_Labels]) -> None:
