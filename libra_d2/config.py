@@ -236,6 +236,9 @@ def _add_speed(cfg: CfgNode) -> None:
     cfg.SOLVER.FAST = False
     # Whether the optimizer's step is one kernel; numbers stay what they are up to rounding.
     cfg.SOLVER.FUSED = False
+    # Whether a process keeps the memory it frees, on Linux: a step on a CPU then need not wait for
+    # the kernel to clear it again, and memory use stays at its peak.
+    cfg.SOLVER.KEEP_MEMORY = False
     # With SOLVER.AMP.ENABLED: "float16", scaled, on GPUs; "bfloat16" there and on CPUs; "auto" is
     # float16 on a GPU, as in detectron2, and bfloat16 on a CPU.
     cfg.SOLVER.AMP.DTYPE = "auto"

@@ -1,22 +1,28 @@
 """Steps in another precision or memory format."""
 
 import json
+import platform
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from detectron2.layers import ROIAlign
+from detectron2.modeling import build_model
 from runs import RETINANET, at_iteration, model_of, same_weights, send
 from toys import SMALL, small_config
 
 from libra_d2.config import get_key, list_keys
 from libra_d2.engine import LibraTrainer
-from libra_d2.engine.speed import ExactROIAlign, amp_dtype, fuse, settle_speed
+from libra_d2.engine.speed import amp_dtype, fuse, settle_speed
+from libra_d2.modeling.roi_align import ParallelROIAlign
 
 FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True, "SOLVER.FUSED", True)
-ON_CPU = {"SOLVER.FUSED": True, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
-ON_GPU = {**ON_CPU, "FLOAT32_PRECISION": "high"}
+HALF = {"SOLVER.FUSED": True, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
+ON_CPU = {**HALF, "SOLVER.KEEP_MEMORY": True}
+ON_GPU = {**HALF, "FLOAT32_PRECISION": "high"}
 BASELINE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
 
@@ -53,7 +59,7 @@ class TestAmp:
         """A box at 1,000 pixels, which bfloat16 would move by two."""
         features = torch.arange(1100.0).expand(1, 1, 1100, 1100).contiguous() % 7
         boxes = torch.tensor([[0.0, 1001.5, 1001.5, 1017.5, 1017.5]])
-        parent, exact = ROIAlign(2, 1.0, 1), ExactROIAlign(2, 1.0, 1)
+        parent, exact = ROIAlign(2, 1.0, 1), ParallelROIAlign(2, 1.0, 1)
         expected = parent(features, boxes)
         pooled = exact(features.bfloat16(), boxes)
         assert pooled.dtype == torch.bfloat16
@@ -61,11 +67,6 @@ class TestAmp:
         with torch.autocast("cpu", torch.bfloat16):
             rounded = parent(features.bfloat16(), boxes)
         assert (rounded.float() - expected).abs().max() > 0.3
-
-    def test_poolers_of_a_model(self):
-        poolers = build("SOLVER.AMP.ENABLED", True).roi_heads.box_pooler.level_poolers
-        plain = build().roi_heads.box_pooler.level_poolers
-        assert [repr(p) for p in poolers] == [f"Exact{p!r}" for p in plain]
 
     @pytest.mark.parametrize("config", [BASELINE, RETINANET])
     def test_it_computes_in_bfloat16(self, run, out, monkeypatch, config):
@@ -112,13 +113,14 @@ class TestFast:
     @pytest.mark.parametrize(
         ("gpu", "bfloat16", "expected"),
         [
-            (False, False, {"SOLVER.FUSED": True}),
+            (False, False, {"SOLVER.FUSED": True, "SOLVER.KEEP_MEMORY": True}),
             (False, True, {**ON_CPU, "SOLVER.AMP.DTYPE": "bfloat16"}),
             (True, True, {**ON_GPU, "SOLVER.AMP.DTYPE": "bfloat16"}),
             (True, False, {**ON_GPU, "SOLVER.AMP.DTYPE": "float16"}),
         ],
     )
     def test_by_machine(self, gpu, bfloat16, expected, monkeypatch, capsys):
+        monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.35"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: bfloat16)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
@@ -136,6 +138,7 @@ class TestFast:
         assert run("SOLVER.FAST", True, iterations=2) == 0
         assert "SOLVER.FAST: SOLVER.FUSED True" in capsys.readouterr().out
         assert "FUSED: true" in (out / "config.yaml").read_text()
+        assert "KEEP_MEMORY: true" in (out / "config.yaml").read_text()
         saved = torch.load(out / "model_final.pth", weights_only=True)["trainer"]["_trainer"]
         assert all(group["fused"] for group in saved["optimizer"]["param_groups"])
 
@@ -167,3 +170,62 @@ def test_a_run_goes_on_to_the_last_bit(run, tmp_path, monkeypatch):
         assert run() == 143
     assert run(flags=["--resume"]) == 0
     assert same_weights(model_of(tmp_path / "whole"), model_of(tmp_path / "out"))
+
+
+PAGES_OF_THIRD_ALLOCATION = """
+import resource
+import torch
+from libra_d2.engine.speed import keep_memory
+{call}
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26, dtype=torch.uint8)
+    pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize(("call", "is_quick"), [("", False), ("keep_memory()", True)])
+def test_kept_memory_is_not_cleared_again(call, is_quick):
+    """64 MiB are 16,384 pages of 4 KiB, or 32 of 2 MiB."""
+    code = PAGES_OF_THIRD_ALLOCATION.format(call=call)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
+    assert (int(done.stdout) < 16) == is_quick
+
+
+class TestRoiAlign:
+    """All of a CPU's threads pool what one would, to the bit."""
+
+    @pytest.fixture(autouse=True)
+    def threads(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        yield
+        torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("num_boxes", [0, 1, 2, 50])
+    @pytest.mark.parametrize("channels", [1, 2, 16])
+    def test_forward_and_gradient(self, num_boxes, channels):
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(2, channels, 20, 30, generator=generator)
+        corner = torch.rand(num_boxes, 2, generator=generator) * 60
+        extent = torch.rand(num_boxes, 2, generator=generator) * 40
+        index = torch.arange(num_boxes)[:, None] % 2
+        rois = torch.cat([index, corner, corner + extent], dim=1)
+        outcomes = []
+        for pooler in (ROIAlign(7, 0.25, 0), ParallelROIAlign(7, 0.25, 0)):
+            own = features.clone().requires_grad_()
+            pooled = pooler(own, rois)
+            pooled.backward(pooled.detach() + 1)
+            outcomes.append((pooled, own.grad))
+        for got, expected in zip(*outcomes, strict=True):
+            assert torch.equal(got, expected)
+        with torch.no_grad():
+            assert torch.equal(pooler(features, rois), pooled)
+
+    def test_a_trainer_uses_it_with_the_poolers_options(self):
+        pooler = build().roi_heads.box_pooler.level_poolers[1]
+        assert type(pooler) is ParallelROIAlign
+        plain = build_model(small_config(BASELINE, *SMALL)).roi_heads.box_pooler.level_poolers[1]
+        assert repr(pooler).partition("(")[2] == repr(plain).partition("(")[2]

@@ -34,7 +34,7 @@ from .evaluators import choose_evaluator
 from .following import BestModel, SampledRois
 from .hooks import EpochLogger
 from .resumable import ResumableTrainer
-from .speed import amp_dtype, fuse, prepare_model
+from .speed import amp_dtype, fuse, keep_memory, prepare_model
 from .step import CheckedTrainer
 from .stopping import Signals
 from .validation import loss_mapper
@@ -65,6 +65,8 @@ class LibraTrainer(ResumableTrainer):
         if logging.getLogger("detectron2").getEffectiveLevel() > logging.INFO:
             setup_logger()
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        if cfg.SOLVER.KEEP_MEMORY:
+            keep_memory()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         if cfg.SOLVER.FUSED:

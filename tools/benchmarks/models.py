@@ -22,11 +22,13 @@ from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
 # ---- training iteration
 
 
-def make_model(config: str, opts: tuple[str, ...] = ()) -> tuple[CfgNode, nn.Module]:
-    """A config and its model, with random weights."""
+def make_model(
+    config: str, opts: tuple[str, ...] = (), *, of_detectron2: bool = False
+) -> tuple[CfgNode, nn.Module]:
+    """A config and its model, with random weights; as a trainer, or as detectron2's, makes it."""
     cfg = load_config(str(CONFIGS / config), ["MODEL.WEIGHTS", "", *opts])
     torch.manual_seed(0)
-    model = prepare_model(build_model(cfg), cfg)
+    model = build_model(cfg) if of_detectron2 else prepare_model(build_model(cfg), cfg)
     # Random residual branches under frozen batch norm make features, and so losses, explode, and
     # gradients so small that their products are denormal numbers, which slow a CPU down.
     for block in model.modules():
@@ -35,9 +37,11 @@ def make_model(config: str, opts: tuple[str, ...] = ()) -> tuple[CfgNode, nn.Mod
     return cfg, model
 
 
-def make_iteration(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict]) -> Callable:
+def make_iteration(
+    config: str, opts: tuple[str, ...] = (), *, inputs: list[dict], of_detectron2: bool = False
+) -> Callable:
     """Forward and backward of a model, which no step changes, in the precision of its config."""
-    cfg, model = make_model(config, opts)
+    cfg, model = make_model(config, opts, of_detectron2=of_detectron2)
     model.train()
     dtype = amp_dtype(cfg)
     is_mixed = dtype != torch.float32
@@ -56,7 +60,10 @@ def show_iterations(models: dict[str, tuple], repeats: int) -> None:
     """Measures models, each a config and overrides; ratios are to the first."""
     num_images = 2 if DEVICE == "cuda" else 1
     inputs = make_inputs((800, 1216), num_images)
-    iterations = {name: make_iteration(*model, inputs=inputs) for name, model in models.items()}
+    iterations = {
+        name: make_iteration(*model, inputs=inputs, of_detectron2="detectron2" in name)
+        for name, model in models.items()
+    }
     seconds = measure(iterations, repeats, warmup=1 if DEVICE == "cpu" else 5)
     baseline = next(iter(seconds.values()))
     show(
@@ -74,6 +81,9 @@ def benchmark_iteration(repeats: int) -> None:
         "PISA Faster R-CNN": (
             "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml",
             ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "1000"),  # as many proposals as the others
+        ),
+        "Libra and PISA, 2,000 proposals": (
+            "COCO-Detection/libra_pisa_faster_rcnn_R_50_FPN_1x.yaml",
         ),
         "OHEM Faster R-CNN": ("COCO-Detection/ohem_faster_rcnn_R_50_FPN_1x.yaml",),
     }
