@@ -50,6 +50,41 @@ class TestDetector:
         instances = predictor(cv2.imread(str(image)))["instances"]
         np.testing.assert_allclose(detector(image).boxes, instances.pred_boxes.tensor, atol=1e-3)
 
+    def test_images_of_one_size_go_together(self, trained, image, monkeypatch):
+        array = np.asarray(Image.open(image))
+        images = [
+            array,
+            array[:-30],
+            np.ascontiguousarray(array[::-1]),
+            array[:, :-40],
+            array[:-30],
+        ]
+        expected = Detector(trained, threshold=0.0)(images)
+        detector, sizes = Detector(trained, threshold=0.0, batch_size=2), []
+        forward = detector.model.forward
+        monkeypatch.setattr(
+            detector.model, "forward", lambda x: (sizes.append(len(x)), forward(x))[1]
+        )
+        results = detector(images)
+        assert sizes == [2, 2, 1]
+        for result, other, own in zip(results, expected, images, strict=True):
+            assert result.image.shape == own.shape and len(result) == len(other) > 0
+            np.testing.assert_allclose(result.boxes, other.boxes, atol=1e-3)
+            np.testing.assert_allclose(result.scores, other.scores, atol=1e-5)
+
+    def test_half_precision(self, trained, detector, image):
+        half = Detector(trained, threshold=0.0, half=True)
+        dtypes = set()
+        for module in half.model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda m, i, o: dtypes.add(o.dtype))
+        result, expected = half(image), detector(image)
+        assert torch.bfloat16 in dtypes
+        assert result.scores[0] == pytest.approx(expected.scores[0], abs=0.05)
+        assert result.scores.dtype == np.float32 and not np.array_equal(
+            result.scores, expected.scores
+        )
+
     def test_only_some_classes(self, trained, image):
         name = load_config(str(trained / "config.yaml")).DATASETS.CLASS_NAMES[1]
         result = Detector(trained, threshold=0.0, classes=[name])(image)

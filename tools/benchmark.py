@@ -34,6 +34,7 @@ BENCHMARKS = {
     "iteration": models.benchmark_iteration,
     "retinanet": models.benchmark_retinanet,
     "speed": models.benchmark_speed,
+    "inference": models.benchmark_inference,
     "growth": growth.benchmark_growth,
     "export": models.benchmark_export,
 }

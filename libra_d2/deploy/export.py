@@ -16,9 +16,10 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from libra_d2.modeling.half import compute_in
+
 from .exportable import Exportable, Traceable
 from .graph import DetectorGraph
-from .half import compute_in
 from .plain import make_plain
 
 __all__ = ["FORMATS", "check_exportable", "export_model", "open_exported", "smallest_side"]

@@ -13,11 +13,18 @@ from libra_d2.modeling import (
     LibraRetinaNet,
     LibraRPN,
 )
+from libra_d2.modeling.roi_align import ParallelROIAlign
 
 __all__ = ["make_plain"]
 
-# What they add serves training.
-_FOR_TRAINING = (BalancedSampling, LibraFastRCNNOutputLayers, LibraRetinaNet, LibraRPN)
+# What they add serves training, or runs in Python alone.
+_BEYOND = (
+    BalancedSampling,
+    LibraFastRCNNOutputLayers,
+    LibraRetinaNet,
+    LibraRPN,
+    ParallelROIAlign,
+)
 
 
 def make_plain(model: nn.Module) -> nn.Module:
@@ -31,7 +38,7 @@ def make_plain(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model)
     for module in model.modules():
-        if isinstance(module, _FOR_TRAINING) and not getattr(module, "clip_before_nms", False):
+        if isinstance(module, _BEYOND) and not getattr(module, "clip_before_nms", False):
             parents = (c for c in type(module).__mro__ if c.__module__.startswith("detectron2."))
             module.__class__ = next(parents)
     if isinstance(model.backbone, BalancedPyramid):

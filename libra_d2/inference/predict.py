@@ -16,6 +16,8 @@ from .result import Result
 
 __all__ = ["predict"]
 
+_AHEAD = 4
+
 
 def predict(detector: Detector, images: Images, make_sinks: Callable[[], list[Sink]]) -> int:
     """Detects in all images and gives the results to the sinks; tells the speed at the end.
@@ -52,7 +54,9 @@ class _Speed:
 
 def _go_through(detector: Detector, images: Images, sinks: Sequence[Sink], speed: _Speed) -> None:
     bar = tqdm(images.items, total=images.number, unit="image", disable=None)
-    for batch in _batches(bar, detector.batch_size):
+    # Several batches at a time, of which images of one size go together; frames come as they are.
+    ahead = _AHEAD if images.fps is None and images.number is not None else 1
+    for batch in _batches(bar, detector.batch_size * (ahead if detector.batch_size > 1 else 1)):
         loaded = []
         for item in batch:
             try:

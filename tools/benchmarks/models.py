@@ -4,14 +4,18 @@ import contextlib
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from libra_d2 import Detector
 from libra_d2.deploy.export import FORMATS, export_model, open_exported
 from libra_d2.deploy.exportable import Exportable
 from libra_d2.engine import load_config
@@ -117,6 +121,49 @@ def benchmark_speed(repeats: int) -> None:
         models["SOLVER.AMP, float16"] = (config, amp)
         models["both, float16"] = (config, (*amp, *channels_last))
     show_iterations(models, repeats)
+
+
+# ---- inference
+
+
+def benchmark_inference(repeats: int) -> None:
+    """Images a second, from arrays in memory to boxes, against detectron2's DefaultPredictor."""
+    generator = np.random.default_rng(0)
+    images = list(generator.integers(0, 256, (8, 480, 640, 3), dtype=np.uint8))
+    # As large as they come; some boxes, none of which is sure with random weights.
+    opts = ("INPUT.MIN_SIZE_TEST", "480", "TEST.DETECTIONS_PER_IMAGE", "20")
+    rows = []
+    for name in ("Libra Faster R-CNN", "Libra RetinaNet"):
+        with tempfile.TemporaryDirectory() as folder:
+            cfg, model = make_model(EXPORTED[name], opts)
+            torch.save({"model": model.state_dict()}, f"{folder}/model.pth")
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = f"{folder}/model.pth", DEVICE
+            Path(f"{folder}/model.yaml").write_text(cfg.dump())
+            seconds = measure(_ways_to_infer(cfg, folder, images), repeats, warmup=1)
+        plain = next(iter(seconds.values()))
+        rows += [(name, way, len(images) / s, plain / s) for way, s in seconds.items()]
+    title = f"Inference, R50-FPN, 480x640, {len(images)} images ({DEVICE})"
+    show(title, rows, ("model", "way", "images/s", "times as many"))
+
+
+def _ways_to_infer(cfg: CfgNode, folder: str, images: list[np.ndarray]) -> dict[str, Callable]:
+    predictor = DefaultPredictor(cfg)
+    ways = {"DefaultPredictor (detectron2)": lambda: [predictor(image) for image in images]}
+    for half in (False, True):
+        for batch_size in (1, 8):
+            options = {"batch_size": batch_size, "half": half, "threshold": 0.05}
+            detector = Detector(f"{folder}/model.pth", **options)
+            name = f"Detector, batches of {batch_size}{', half=True' * half}"
+            ways[name] = partial(detector, images)
+    detector, file = Detector(f"{folder}/model.pth", threshold=0.05), f"{folder}/model.onnx"
+    inputs = [detector.preprocess(image)["image"][None] for image in images]
+    with contextlib.suppress(ValueError):  # onnxruntime is missing
+        export_model(detector.model, file, format="onnx", image=inputs[0])
+        exported = open_exported(file, "onnx")
+        ways["ONNX"] = lambda: [exported(image) for image in inputs]
+    return ways
 
 
 # ---- exported models
