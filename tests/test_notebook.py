@@ -31,6 +31,11 @@ def test_it_runs(tmp_path, monkeypatch, tiny_coco, capsys):
     printed = capsys.readouterr().out
     assert "libra: AP " in printed and "plain: AP " in printed
     assert "%" in printed
+    # Each run speaks once, and in its own log.
+    assert printed.count("Starting training from iteration 0") == 2
+    for run in ("libra", "plain"):
+        log = (tmp_path / "runs" / run / "log.txt").read_text()
+        assert log.count("Starting training from iteration 0") == 1
     assert names["result"].plot().shape[2] == 3
     assert (tmp_path / "runs" / "both.png").stat().st_size > 10_000
     assert (tmp_path / "runs" / "report.html").stat().st_size > 50_000

@@ -260,16 +260,32 @@ def _setup(cfg: CfgNode, args: argparse.Namespace, folder: Path) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = str(folder)
-    # Called with the very arguments of default_setup, which makes each logger only once.
-    make_logger = partial(setup_logger, cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
-    for logger in (make_logger(name="fvcore"), make_logger(), make_logger(name="libra_d2")):
-        for handler in logger.handlers:
-            handler.handleError = partial(_tell_of_error, handler)
-            if getattr(handler, "stream", None) is sys.stdout:
-                handler.addFilter(lambda r: not r.getMessage().startswith(_NOT_FOR_THE_SCREEN))
+    for name in ("fvcore", "detectron2", "libra_d2"):
+        _make_logger(name, cfg.OUTPUT_DIR)
     default_setup(to_save(cfg), args)
     if cfg.MODEL.DEVICE == "cpu" and not torch.cuda.is_available():
         logging.getLogger("libra_d2").info("no GPU found: running on the CPU")
+
+
+# Of the loggers of runs of this process, by logger and folder.
+_handlers: dict[tuple[str, str], list[logging.Handler]] = {}
+
+
+def _make_logger(name: str, folder: str) -> None:
+    """A logger on the screen and in a run's folder, no longer in those of runs before."""
+    logger = logging.getLogger(name)
+    former = [h for (other, _), own in _handlers.items() if other == name for h in own]
+    logger.handlers = [h for h in logger.handlers if h not in former]
+    kept = list(logger.handlers)
+    # Called with the very arguments of default_setup, which makes each only once.
+    named = {} if name == "detectron2" else {"name": name}
+    setup_logger(folder, distributed_rank=comm.get_rank(), **named)
+    made = _handlers.setdefault((name, folder), [h for h in logger.handlers if h not in kept])
+    logger.handlers = [*kept, *made]
+    for handler in made:
+        handler.handleError = partial(_tell_of_error, handler)
+        if getattr(handler, "stream", None) is sys.stdout and not handler.filters:
+            handler.addFilter(lambda r: not r.getMessage().startswith(_NOT_FOR_THE_SCREEN))
 
 
 def _tell_of_error(handler: logging.Handler, record: logging.LogRecord) -> None:
