@@ -297,6 +297,12 @@ def set_key(cfg: CfgNode, key: str, value: Any) -> None:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A clause that names the known word nearest to ``word``, or nothing if none is near."""
-    nearest = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" (did you mean '{nearest[0]}'?)" if nearest else ""
+    """A clause that names the known word nearest to ``word``, or nothing if none is near.
+
+    If ``word`` is the end of known keys, it names these.
+    """
+    known = list(known)
+    near = [other for other in known if other.endswith(f".{word}")]
+    near = near or difflib.get_close_matches(str(word), known, n=1)
+    named = " or ".join(f"'{other}'" for other in near)
+    return f" (did you mean {named}?)" if near else ""

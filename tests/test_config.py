@@ -82,6 +82,10 @@ CASCADE += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
             r"NUM_BINS must be in \[1, 100\]",
         ),
         (["SOLVER.OPTIMIZER", "Adam"], "did you mean 'AdamW'"),
+        (
+            ["NEGATIVE_SAMPLER", "ohem"],
+            "did you mean 'MODEL.RPN.NEGATIVE_SAMPLER' or 'MODEL.ROI_HEADS.NEGATIVE_SAMPLER'",
+        ),
         (["SOLVER.LR_SCHEDULER_NAME", "WarmupCosine"], "did you mean 'WarmupCosineLR'"),
         (["SOLVER.IMS_PER_BATCH", 0], r"SOLVER.IMS_PER_BATCH must be in \[1, .*, got 0"),
         (["SOLVER.MAX_ITER", -1], r"SOLVER.MAX_ITER must be in \[1, "),

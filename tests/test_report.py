@@ -13,6 +13,7 @@ from toys import run_tool
 
 from libra_d2.metrics import split_score
 from libra_d2.report.errors import confusion_matrix, error_kinds
+from libra_d2.report.page import _shown
 from libra_d2.report.run import read_run
 from libra_d2.report.scored import Image, average_precision, precision_recall
 
@@ -292,3 +293,7 @@ def test_in_a_browser(page, width, scheme, tmp_path):
         color = browser.execute_script("return getComputedStyle(document.body).color")
         bright = sum(map(int, re.findall(r"\d+", color)[:3])) > 380
         assert bright == (scheme == "dark")
+
+
+def test_a_tuple_and_the_list_that_yaml_makes_of_it_are_no_difference():
+    assert _shown(((10.0, 5.0), ())) == _shown([[10.0, 5.0], []]) == "[[10.0, 5.0], []]"

@@ -273,6 +273,8 @@ class ResumableTrainer(DefaultTrainer):
             set_running_numbers(model, get_running_numbers(self.checkpointer.model))
             for name in cfg.DATASETS.TEST if cfg.TEST.LOSSES else ():
                 losses = mean_losses(model, self.build_loss_loader(cfg, name))
+                told = ", ".join(f"{k} {v:.4g}" for k, v in losses.items())
+                logging.getLogger(__name__).info("losses on %s: %s", name, told)
                 of_set = results if len(cfg.DATASETS.TEST) == 1 else results.setdefault(name, {})
                 of_set["validation"] = losses
             if cfg.TEST.NUM_SHOWN and cfg.DATASETS.TEST and comm.is_main_process():

@@ -234,7 +234,10 @@ def _differences(runs: Sequence[Run]) -> dict:
 
 
 def _shown(value: object) -> str:
-    return repr(list(value)) if isinstance(value, (tuple, list)) else repr(value)
+    """As text; of a yaml file a tuple comes back as a list."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_shown(item) for item in value)}]"
+    return repr(value)
 
 
 def _command(run: Run) -> str:

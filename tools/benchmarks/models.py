@@ -18,8 +18,8 @@ from torch import nn
 from libra_d2 import Detector
 from libra_d2.deploy.export import FORMATS, export_model, open_exported
 from libra_d2.deploy.exportable import Exportable
-from libra_d2.engine import load_config
-from libra_d2.engine.speed import amp_dtype, prepare_model
+from libra_d2.engine import LibraTrainer, load_config
+from libra_d2.engine.speed import amp_dtype, fuse, prepare_model
 
 from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
 
@@ -121,6 +121,20 @@ def benchmark_speed(repeats: int) -> None:
         models["SOLVER.AMP, float16"] = (config, amp)
         models["both, float16"] = (config, (*amp, *channels_last))
     show_iterations(models, repeats)
+    steps = {name: _make_step(name == "SOLVER.FUSED") for name in ("none", "SOLVER.FUSED")}
+    seconds = measure(steps, repeats)
+    rows = [(name, 1000 * s, s / seconds["none"]) for name, s in seconds.items()]
+    show(f"Step of SGD, {config} ({DEVICE})", rows, ("switch", "ms", "ratio"))
+
+
+def _make_step(fused: bool) -> Callable:
+    cfg, model = make_model("Base-Libra-RCNN-FPN.yaml")
+    optimizer = LibraTrainer.build_optimizer(cfg, model)
+    if fused:
+        fuse(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return optimizer.step
 
 
 # ---- inference
