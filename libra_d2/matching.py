@@ -111,8 +111,10 @@ def classify_to_localize(
     anchor_pairs = _Pairs.of(anchor_ious)
     if not class_scores.is_sparse:
         scores = class_scores[anchor_pairs.gts, anchor_pairs.anchors]
-    elif torch.equal(class_scores.indices(), anchor_ious.indices()):
-        scores = class_scores.values()
+    elif anchor_ious.is_sparse and torch.equal(
+        class_scores.coalesce().indices(), anchor_ious.coalesce().indices()
+    ):
+        scores = class_scores.coalesce().values()
     else:
         raise ValueError("sparse class_scores must have the indices of sparse anchor_ious")
     amplified = anchor_pairs.values ** ((sigma - scores) / sigma)
@@ -148,6 +150,8 @@ class _Pairs:
         return cls(*matrix.indices(), matrix.values(), tuple(matrix.shape))
 
     def __getitem__(self, chosen: Tensor) -> "_Pairs":
+        """Those at positions, or of a mask, which is searched once."""
+        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
         return _Pairs(self.gts[chosen], self.anchors[chosen], self.values[chosen], self.shape)
 
     def own(self, at_least: float = 0.0) -> "_Pairs":

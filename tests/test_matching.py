@@ -222,6 +222,8 @@ class TestSparse:
         scores = torch.tensor([[0.6, 0.3, 0.0]]).to_sparse()
         with pytest.raises(ValueError, match="must have the indices of sparse anchor_ious"):
             classify_to_localize(anchor_ious, scores)
+        with pytest.raises(ValueError, match="must have the indices of sparse anchor_ious"):
+            classify_to_localize(anchor_ious.to_dense(), scores)
 
 
 def test_of_equal_predictions_the_first_anchor_is_taken():

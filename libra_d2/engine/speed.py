@@ -1,4 +1,4 @@
-"""What makes a training faster than plain detectron2: precision and memory format."""
+"""What makes a training faster than plain detectron2: precision, memory, fused steps."""
 
 import ctypes
 import platform

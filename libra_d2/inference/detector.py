@@ -57,7 +57,7 @@ class Detector:
         batch_size: how many images go through the model at once, if they are of one size once
             resized: what is found in an image does not depend on the others.
         half: whether the networks compute in half precision, bfloat16 on a CPU and float16 on
-            others: faster where the machine has instructions for it, scores change by some percent.
+            others: faster where the machine has instructions for it; scores change a little.
         opts: overrides of the config, KEY VALUE KEY VALUE ..., or PLACE=VALUE ... of a LazyConfig.
 
     Raises:
@@ -139,14 +139,14 @@ class Detector:
             if len(batch) == self.batch_size:
                 self._detect(batch, images, results)
                 batch.clear()
-        for batch in waiting.values():
+        for batch in filter(None, waiting.values()):
             self._detect(batch, images, results)
         return results
 
     @torch.no_grad()
     def _detect(self, batch: list[tuple], images: list[ImageLike], results: list) -> None:
         """Puts what is found in a batch's images into their places among the results."""
-        outputs = self.model([item for _, _, item in batch]) if batch else []
+        outputs = self.model([item for _, _, item in batch])
         for (i, array, _), output in zip(batch, outputs, strict=True):
             results[i] = self._to_result(output["instances"].to("cpu"), array, images[i])
 

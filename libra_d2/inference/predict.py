@@ -55,8 +55,9 @@ class _Speed:
 def _go_through(detector: Detector, images: Images, sinks: Sequence[Sink], speed: _Speed) -> None:
     bar = tqdm(images.items, total=images.number, unit="image", disable=None)
     # Several batches at a time, of which images of one size go together; frames come as they are.
-    ahead = _AHEAD if images.fps is None and images.number is not None else 1
-    for batch in _batches(bar, detector.batch_size * (ahead if detector.batch_size > 1 else 1)):
+    are_frames = images.fps is not None or images.number is None
+    ahead = 1 if are_frames or detector.batch_size == 1 else _AHEAD
+    for batch in _batches(bar, detector.batch_size * ahead):
         loaded = []
         for item in batch:
             try:

@@ -37,9 +37,8 @@ def find_overlaps(gt_boxes: Boxes, boxes: Boxes) -> Tensor:
     near = (_intersect(gt_boxes.tensor[:, None], extents) > 0).nonzero()
     for gts, chosen in zip(*(i.split(_AT_ONCE // _BLOCK) for i in near.t()), strict=True):
         shared = _intersect(gt_boxes.tensor[gts, None], blocks[chosen])
-        hit = shared > 0
-        ious.append((shared / (gt_areas[gts, None] + areas[chosen] - shared))[hit])
-        pair, place = hit.nonzero().t()
+        pair, place = (shared > 0).nonzero().t()
+        ious.append((shared / (gt_areas[gts, None] + areas[chosen] - shared))[pair, place])
         indices.append(torch.stack([gts[pair], chosen[pair] * _BLOCK + place]))
     return torch.sparse_coo_tensor(
         torch.cat(indices, dim=1),

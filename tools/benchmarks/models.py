@@ -26,13 +26,13 @@ from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
 # ---- training iteration
 
 
-def make_model(
-    config: str, opts: tuple[str, ...] = (), *, of_detectron2: bool = False
-) -> tuple[CfgNode, nn.Module]:
-    """A config and its model, with random weights; as a trainer, or as detectron2's, makes it."""
+def make_model(config: str, opts: tuple[str, ...] = ()) -> tuple[CfgNode, nn.Module]:
+    """A config and its model, with random weights; one of detectron2's classes is left alone."""
     cfg = load_config(str(CONFIGS / config), ["MODEL.WEIGHTS", "", *opts])
     torch.manual_seed(0)
-    model = build_model(cfg) if of_detectron2 else prepare_model(build_model(cfg), cfg)
+    model = build_model(cfg)
+    if any(type(module).__module__.startswith("libra_d2.") for module in model.modules()):
+        prepare_model(model, cfg)
     # Random residual branches under frozen batch norm make features, and so losses, explode, and
     # gradients so small that their products are denormal numbers, which slow a CPU down.
     for block in model.modules():
@@ -41,11 +41,9 @@ def make_model(
     return cfg, model
 
 
-def make_iteration(
-    config: str, opts: tuple[str, ...] = (), *, inputs: list[dict], of_detectron2: bool = False
-) -> Callable:
+def make_iteration(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict]) -> Callable:
     """Forward and backward of a model, which no step changes, in the precision of its config."""
-    cfg, model = make_model(config, opts, of_detectron2=of_detectron2)
+    cfg, model = make_model(config, opts)
     model.train()
     dtype = amp_dtype(cfg)
     is_mixed = dtype != torch.float32
@@ -64,10 +62,7 @@ def show_iterations(models: dict[str, tuple], repeats: int) -> None:
     """Measures models, each a config and overrides; ratios are to the first."""
     num_images = 2 if DEVICE == "cuda" else 1
     inputs = make_inputs((800, 1216), num_images)
-    iterations = {
-        name: make_iteration(*model, inputs=inputs, of_detectron2="detectron2" in name)
-        for name, model in models.items()
-    }
+    iterations = {name: make_iteration(*model, inputs=inputs) for name, model in models.items()}
     seconds = measure(iterations, repeats, warmup=1 if DEVICE == "cpu" else 5)
     baseline = next(iter(seconds.values()))
     show(
