@@ -13,6 +13,7 @@ from libra_d2.modeling import (
     LibraRetinaNet,
     LibraRPN,
 )
+from libra_d2.modeling.look import LookPooler
 from libra_d2.modeling.roi_align import ParallelROIAlign
 
 __all__ = ["make_plain"]
@@ -23,6 +24,7 @@ _BEYOND = (
     LibraFastRCNNOutputLayers,
     LibraRetinaNet,
     LibraRPN,
+    LookPooler,
     ParallelROIAlign,
 )
 

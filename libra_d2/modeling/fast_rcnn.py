@@ -11,8 +11,11 @@ from dataclasses import asdict
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import cat
-from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.layers import cat, cross_entropy
+from detectron2.modeling.roi_heads.fast_rcnn import (
+    FastRCNNOutputLayers,
+    _log_classification_stats,
+)
 from detectron2.structures import Instances
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
 from torch import Tensor
@@ -116,26 +119,30 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         Returns:
             ``loss_cls`` and ``loss_box_reg``, and with CARL ``loss_carl``.
         """
-        losses = super().losses(predictions, proposals)
-        is_weighted = any(p.has("loss_weights") for p in proposals)
-        if self.isr_positive is None and self.carl is None and not is_weighted:
-            return losses
+        is_weighted = self.isr_positive is not None or any(p.has("loss_weights") for p in proposals)
+        if not is_weighted and self.carl is None:
+            return super().losses(predictions, proposals)
         logits, deltas = predictions
         gt_classes = cat([p.gt_classes for p in proposals])
+        _log_classification_stats(logits, gt_classes)
         num_rois = max(len(gt_classes), 1)
-        if self.isr_positive is not None or is_weighted:
-            cross_entropy = F.cross_entropy(logits, gt_classes, reduction="none")
-            weights = self.classification_weights(predictions, proposals, cross_entropy.detach())
-            loss = (cross_entropy * weights).sum() / num_rois
-            losses["loss_cls"] = loss * self.loss_weight.get("loss_cls", 1.0)
+        if is_weighted:
+            each = F.cross_entropy(logits, gt_classes, reduction="none")
+            weights = self.classification_weights(predictions, proposals, each.detach())
+            loss_cls = (each * weights).sum() / num_rois
+        else:
+            loss_cls = cross_entropy(logits, gt_classes, reduction="mean")
+        box_losses = self._box_losses(*_boxes(proposals), deltas, gt_classes)
+        losses = {"loss_cls": loss_cls, "loss_box_reg": box_losses.sum() / num_rois}
+        factors = dict(self.loss_weight)
         if self.carl is not None:
             foreground = self._foreground(gt_classes)
             probs = logits[foreground].softmax(dim=1)
             probs = probs.gather(1, gt_classes[foreground].unsqueeze(1)).squeeze(1)
-            box_losses = self._box_losses(*_boxes(proposals), deltas, gt_classes)
-            loss = carl_loss(probs, box_losses, normalizer=num_rois, **asdict(self.carl))
-            losses["loss_carl"] = loss * self.loss_weight.get("loss_box_reg", 1.0)
-        return losses
+            loss_carl = carl_loss(probs, box_losses, normalizer=num_rois, **asdict(self.carl))
+            losses["loss_carl"] = loss_carl
+            factors["loss_carl"] = factors.get("loss_box_reg", 1.0)
+        return {name: loss * factors.get(name, 1.0) for name, loss in losses.items()}
 
     @torch.no_grad()
     def classification_weights(

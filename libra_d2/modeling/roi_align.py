@@ -1,14 +1,14 @@
 """ROIAlign: detectron2's numbers, faster on CPUs and right in half precision."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from detectron2.layers import ROIAlign
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
-__all__ = ["ParallelROIAlign", "use_parallel_roi_align"]
+__all__ = ["ParallelROIAlign", "spread_gradient", "use_parallel_roi_align"]
 
 
 class ParallelROIAlign(ROIAlign):
@@ -33,8 +33,7 @@ class ParallelROIAlign(ROIAlign):
         if features.device.type != "cpu" or in_one or torch.compiler.is_compiling():
             pooled = super().forward(*inputs)
         else:
-            options = (self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
-            pooled = _ShareWork.apply(*inputs, options)
+            pooled = _ShareWork.apply(*inputs, self)
         return pooled.to(features.dtype)
 
 
@@ -54,28 +53,43 @@ class _ShareWork(torch.autograd.Function):
     """Forward each thread has some boxes, backward some channels: neither adds anything up."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, rois: Tensor, options: tuple) -> Tensor:
+    def forward(ctx: Any, features: Tensor, rois: Tensor, pooler: ROIAlign) -> Tensor:
         ctx.save_for_backward(rois)
-        ctx.shape, ctx.options = features.shape, options
+        ctx.shape, ctx.pooler = features.shape, pooler
 
         def pool(own: Tensor) -> Tensor:
-            return roi_align(features, own, *options)
+            return super(ParallelROIAlign, pooler).forward(features, own)
 
         return torch.cat(_in_threads(pool, rois.chunk(torch.get_num_threads())))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (rois,) = ctx.saved_tensors
-        _, scale, *others = ctx.options
-        num_images, _, *size = ctx.shape
+        return spread_gradient(gradient, *ctx.saved_tensors, ctx.shape, ctx.pooler), None, None
 
-        def spread(own: Tensor) -> Tensor:
-            return torch.ops.torchvision._roi_align_backward(
-                *(own, rois, scale, *own.shape[2:], num_images, own.shape[1], *size, *others)
-            )
 
-        parts = gradient.chunk(torch.get_num_threads(), dim=1)
-        return torch.cat(_in_threads(spread, parts), dim=1), None, None
+def spread_gradient(
+    gradient: Tensor, rois: Tensor, shape: Sequence[int], pooler: ROIAlign
+) -> Tensor:
+    """The features' gradient (N, C, H, W), which is their shape, of that of what was pooled.
+
+    Args:
+        gradient: (R, C, h, w), float.
+        rois: what they were pooled from, (R, 5), of its dtype.
+        shape: of the features.
+        pooler: what pooled them.
+    """
+    num_images, _, *size = shape
+
+    def spread(own: Tensor) -> Tensor:
+        return torch.ops.torchvision._roi_align_backward(
+            *(own, rois, pooler.spatial_scale, *own.shape[2:], num_images, own.shape[1], *size),
+            *(pooler.sampling_ratio, pooler.aligned),
+        )
+
+    num_parts = torch.get_num_threads() if gradient.device.type == "cpu" else 1
+    if num_parts == 1:
+        return spread(gradient)
+    return torch.cat(_in_threads(spread, gradient.chunk(num_parts, dim=1)), dim=1)
 
 
 def _in_threads(function: Any, parts: tuple[Tensor, ...]) -> list[Tensor]:

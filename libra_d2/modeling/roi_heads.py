@@ -1,5 +1,7 @@
 """ROI heads with the samplers and losses of the balanced family."""
 
+import contextlib
+import itertools
 from collections.abc import Collection
 from typing import ClassVar
 
@@ -23,6 +25,7 @@ from libra_d2.config import get_key
 
 from .box_losses import DETECTRON2S
 from .fast_rcnn import LibraFastRCNNOutputLayers
+from .look import Look, LookPooler, treats_rows_alike
 from .samplers import (
     NEGATIVE_SAMPLERS,
     POSITIVE_SAMPLERS,
@@ -112,6 +115,12 @@ class BalancedSampling:
         for sampler in (positive_sampler, negative_sampler):
             if needs_predictions(sampler):
                 _check_predictor(sampler, self._predictor())
+        # During a forward pass in training, what was computed of all proposals.
+        self._look: Look | None = None
+        self._can_remember = False
+        if getattr(self.proposal_matcher, "needs_predictions", False) and hasattr(self, "box_head"):
+            self._can_remember = treats_rows_alike(self.box_head, self._predictor())
+            self.box_pooler = LookPooler.like(self.box_pooler)
 
     @classmethod
     def from_config(cls, cfg, input_shape):
@@ -141,9 +150,19 @@ class BalancedSampling:
         return self.box_predictor(self.box_head(pooled))
 
     def forward(self, images, features, proposals, targets=None):
-        if self.training and getattr(self.proposal_matcher, "needs_predictions", False):
+        if not self.training or not getattr(self.proposal_matcher, "needs_predictions", False):
+            return super().forward(images, features, proposals, targets)
+        self._look = Look() if self._can_remember else None
+        try:
             proposals, targets = self._add_predictions(features, proposals, targets)
-        return super().forward(images, features, proposals, targets)
+            return super().forward(images, features, proposals, targets)
+        finally:
+            self._look = None
+
+    def _forward_box(self, *args, **kwargs):
+        """The parent's, with the values of the look at all proposals, where there was one."""
+        with self._look or contextlib.nullcontext():
+            return super()._forward_box(*args, **kwargs)
 
     @torch.no_grad()
     def _add_predictions(
@@ -156,7 +175,7 @@ class BalancedSampling:
         candidates = proposals
         if self.proposal_append_gt:
             candidates = add_ground_truth_to_proposals(targets, proposals)
-        with undisturbed(self):
+        with undisturbed(self), self._look or contextlib.nullcontext():
             logits, deltas = self._predict(features, candidates)
         predictor = self._predictor()
         best = logits[:, :-1].argmax(dim=1)
@@ -222,6 +241,10 @@ class BalancedSampling:
         else:
             sampled = super().label_and_sample_proposals(*numbered)
             weights = [None] * len(sampled)
+        if self._look is not None:
+            starts = itertools.accumulate((len(p.boxes) for p in predictions[:-1]), initial=0)
+            rows = [image.candidate + n for image, n in zip(sampled, starts, strict=True)]
+            self._look.keep(torch.cat(rows))
         for image, image_weights in zip(sampled, weights, strict=True):
             if image_weights is not None:
                 image.loss_weights = image_weights[image.candidate]
