@@ -1,6 +1,7 @@
 """Steps in another precision or memory format."""
 
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -20,9 +21,12 @@ from libra_d2.engine.speed import amp_dtype, fuse, settle_speed
 from libra_d2.modeling.roi_align import ParallelROIAlign
 
 FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True, "SOLVER.FUSED", True)
-HALF = {"SOLVER.FUSED": True, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
-ON_CPU = {**HALF, "SOLVER.KEEP_MEMORY": True}
-ON_GPU = {**HALF, "FLOAT32_PRECISION": "high"}
+# What SOLVER.FAST sets on machines of 16 cores.
+ON_ANY = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch"}
+HALF = {**ON_ANY, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
+ON_CPU = {"SOLVER.KEEP_MEMORY": True, "DATALOADER.NUM_WORKERS": 2}
+ON_TWO_GPUS = {**HALF, "FLOAT32_PRECISION": "high", "DATALOADER.PIN_MEMORY": True}
+ON_TWO_GPUS["DATALOADER.NUM_WORKERS"] = 7
 BASELINE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
 
@@ -113,19 +117,22 @@ class TestFast:
     @pytest.mark.parametrize(
         ("gpu", "bfloat16", "expected"),
         [
-            (False, False, {"SOLVER.FUSED": True, "SOLVER.KEEP_MEMORY": True}),
-            (False, True, {**ON_CPU, "SOLVER.AMP.DTYPE": "bfloat16"}),
-            (True, True, {**ON_GPU, "SOLVER.AMP.DTYPE": "bfloat16"}),
-            (True, False, {**ON_GPU, "SOLVER.AMP.DTYPE": "float16"}),
+            (False, False, {**ON_ANY, **ON_CPU}),
+            (False, True, {**HALF, **ON_CPU, "SOLVER.AMP.DTYPE": "bfloat16"}),
+            (True, True, {**ON_TWO_GPUS, "SOLVER.AMP.DTYPE": "bfloat16"}),
+            (True, False, {**ON_TWO_GPUS, "SOLVER.AMP.DTYPE": "float16"}),
         ],
     )
     def test_by_machine(self, gpu, bfloat16, expected, monkeypatch, capsys):
         monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.35"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: bfloat16)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
         cfg = small_config(BASELINE, "SOLVER.FAST", True)
         cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 4  # detectron2's
         before = cfg.clone()
         cfg.MODEL.DEVICE = before.MODEL.DEVICE = "cuda" if gpu else "cpu"
         settle_speed(cfg)
@@ -133,6 +140,12 @@ class TestFast:
         assert {k: v for k, v in changed.items() if not isinstance(v, dict)} == expected
         told = capsys.readouterr().out
         assert all(f"{key} {value}" in told for key, value in expected.items())
+
+    def test_a_number_of_workers_that_was_chosen_stays(self):
+        cfg = small_config(BASELINE, "SOLVER.FAST", True, "DATALOADER.NUM_WORKERS", 0)
+        cfg.defrost()
+        settle_speed(cfg)
+        assert cfg.DATALOADER.NUM_WORKERS == 0
 
     def test_a_run_says_it_and_its_config_has_it(self, run, out, capsys):
         assert run("SOLVER.FAST", True, iterations=2) == 0

@@ -32,6 +32,8 @@ from detectron2.utils import comm
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .resize import use_resize
+
 __all__ = [
     "TRAIN_PARTS",
     "LoadingError",
@@ -150,6 +152,7 @@ class TrainLoader:
         num_workers: processes that load; 0 for this one.
         seed: of what is random in the mapper.
         max_bad_images: how many images that can't be read may be left out.
+        pin_memory: whether batches come in memory that a GPU copies from at once.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class TrainLoader:
         num_workers: int = 0,
         seed: int = 0,
         max_bad_images: int = 0,
+        pin_memory: bool = False,
     ):
         wide = (
             [r["width"] > r["height"] for r in records] if group_by_aspect else [0] * len(records)
@@ -171,6 +175,7 @@ class TrainLoader:
         self.make_batches = lambda start: _Batches(sampler, batch_size, wide, start)
         self.batch_size = batch_size
         self.num_workers, self.max_bad_images = num_workers, max_bad_images
+        self.pin_memory = pin_memory
         self.start = 0
         self.position = self._before = 0
         self.bad_images: dict[str, str] = {}
@@ -194,6 +199,7 @@ class TrainLoader:
             batch_sampler=self.make_batches(self.start),
             num_workers=self.num_workers,
             collate_fn=list,
+            pin_memory=self.pin_memory,
             worker_init_fn=_obey_the_parent_alone,
             # Not from the numbers that training draws from.
             generator=torch.Generator().manual_seed(self.dataset.seed),
@@ -276,18 +282,20 @@ def train_loader_of(parts: dict[str, Any], cfg: CfgNode) -> TrainLoader:
     Args:
         parts: ``dataset`` (a list of records), ``mapper``, ``total_batch_size``, and whichever else
             there are of ``TRAIN_PARTS``.
-        cfg: a run's config, for ``SEED`` and ``DATALOADER.MAX_BAD_IMAGES``.
+        cfg: a run's config, for ``SEED``, ``INPUT.RESIZE``, ``DATALOADER.MAX_BAD_IMAGES`` and
+            ``DATALOADER.PIN_MEMORY``.
     """
     records = parts["dataset"]
     return TrainLoader(
         records,
-        parts["mapper"],
+        use_resize(parts["mapper"], cfg),
         parts.get("sampler") or TrainingSampler(len(records)),
         parts["total_batch_size"] // comm.get_world_size(),
         group_by_aspect=parts.get("aspect_ratio_grouping", True),
         num_workers=parts.get("num_workers", 0),
         seed=max(cfg.SEED, 0),
         max_bad_images=cfg.DATALOADER.MAX_BAD_IMAGES,
+        pin_memory=cfg.DATALOADER.PIN_MEMORY,
     )
 
 
@@ -302,12 +310,18 @@ def build_test_loader(
         mapper: instead of detectron2's ``DatasetMapper``.
     """
     mapper = mapper or DatasetMapper(cfg, False)
-    return test_loader_of(build_detection_test_loader.from_config(cfg, dataset_name, mapper))
+    return test_loader_of(build_detection_test_loader.from_config(cfg, dataset_name, mapper), cfg)
 
 
-def test_loader_of(parts: dict[str, Any]) -> TestLoader:
-    """The loader of detectron2's arguments of ``build_detection_test_loader``."""
-    loader = build_detection_test_loader(**{**parts, "mapper": _Reader(parts["mapper"])})
+def test_loader_of(parts: dict[str, Any], cfg: CfgNode) -> TestLoader:
+    """The loader of detectron2's arguments of ``build_detection_test_loader``.
+
+    Args:
+        parts: they.
+        cfg: a run's config, for ``INPUT.RESIZE``.
+    """
+    reader = _Reader(use_resize(parts["mapper"], cfg))
+    loader = build_detection_test_loader(**{**parts, "mapper": reader})
     loader.worker_init_fn = _obey_the_parent_alone
     return TestLoader(loader)
 

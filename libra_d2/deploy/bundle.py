@@ -112,8 +112,8 @@ def _describe(detector: Detector, format: str, batch: int, half: bool) -> dict:
 
 def _sides(detector: Detector) -> dict[str, int]:
     """To what size an image is brought before the model."""
-    if [type(one) for one in detector.augmentations] == [ResizeShortestEdge]:
-        (resize,) = detector.augmentations
+    resize, *others = detector.augmentations
+    if isinstance(resize, ResizeShortestEdge) and not others:
         shorter = resize.short_edge_length
         lengths = set(shorter) if isinstance(shorter, (list, tuple)) else {shorter}
         if len(lengths) == 1 and min(lengths) > 0:

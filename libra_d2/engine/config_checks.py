@@ -40,6 +40,7 @@ _CHOICES = {
     "SOLVER.WARMUP_METHOD": ("constant", "linear"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.RESIZE": ("pil", "torch"),
     "INPUT.RANDOM_FLIP": ("none", "horizontal", "vertical"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),

@@ -72,6 +72,8 @@ _PLACES = {
     "DATASETS.ALLOW_OUTSIDE": "dataloader.allow_outside",
     "DATALOADER.MAX_BAD_IMAGES": "dataloader.max_bad_images",
     "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
+    "DATALOADER.PIN_MEMORY": "dataloader.pin_memory",
+    "INPUT.RESIZE": "dataloader.resize",
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
     "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
@@ -107,6 +109,8 @@ _DEFAULTS = {
         "on_bad_boxes": "refuse",
         "allow_outside": False,
         "max_bad_images": 0,
+        "pin_memory": False,
+        "resize": "pil",
     },
 }
 _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")

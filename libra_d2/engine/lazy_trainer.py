@@ -84,7 +84,7 @@ class LazyTrainer(LibraTrainer):
         loader = _of_data_set(cfg, dataset_name).dataloader.test
         if _target(loader) is not build_detection_test_loader:
             return instantiate(loader)
-        return test_loader_of(_arguments(loader))
+        return test_loader_of(_arguments(loader), cfg)
 
     @classmethod
     def build_loss_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
@@ -106,7 +106,7 @@ class LazyTrainer(LibraTrainer):
         for name in ("use_instance_mask", "use_keypoint", "instance_mask_format"):
             if name in trained:
                 mapper[name] = trained[name]
-        return test_loader_of(_arguments(loader))
+        return test_loader_of(_arguments(loader), cfg)
 
     @classmethod
     def build_evaluator(

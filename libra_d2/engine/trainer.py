@@ -178,7 +178,7 @@ class LibraTrainer(ResumableTrainer):
         parts = build_detection_test_loader.from_config(cfg, dataset_name, mapper)
         if "annotations" not in parts["dataset"][0]:
             raise ValueError(f"'{dataset_name}' has no annotations, from which losses come")
-        return test_loader_of(parts)
+        return test_loader_of(parts, cfg)
 
     @classmethod
     def build_evaluator(

@@ -15,6 +15,7 @@ from PIL import Image
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
 from libra_d2.config import NUM_CLASSES, get_key, set_key, suggest
 from libra_d2.data.images import open_image, to_rgb
+from libra_d2.data.resize import with_resize
 from libra_d2.engine import load_config
 from libra_d2.engine.lazy_config import (
     RunConfig,
@@ -104,10 +105,11 @@ class Detector:
         self._wanted = [self.names.index(name) for name in classes]
         if is_lazy:
             mapper = self.cfg.lazy.dataloader.test.mapper
-            self.augmentations = list(instantiate(mapper.augmentations))
+            augmentations = instantiate(mapper.augmentations)
         else:
             inputs = self.cfg.INPUT
-            self.augmentations = [ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)]
+            augmentations = [ResizeShortestEdge(inputs.MIN_SIZE_TEST, inputs.MAX_SIZE_TEST)]
+        self.augmentations = with_resize(augmentations, self.cfg)
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], *, channels: str = "RGB"
