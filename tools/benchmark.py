@@ -20,14 +20,14 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 import torch
-from benchmarks import growth, loading, models, parts
+from benchmarks import growth, loading, models, parts, samplers
 from benchmarks.measuring import DEVICE, TABLES
 
 from libra_d2.checkpoint import write_whole
 from libra_d2.engine.run import one_sentence_errors
 
 BENCHMARKS = {
-    "samplers": parts.benchmark_samplers,
+    "samplers": samplers.benchmark_samplers,
     "bfp": parts.benchmark_bfp,
     "matching": parts.benchmark_matching,
     "reweighting": parts.benchmark_reweighting,

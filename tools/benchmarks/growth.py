@@ -12,7 +12,8 @@ from libra_d2.ranking import reweight_positives
 from libra_d2.sampling import sample_hard, sample_score_hlr_negatives
 
 from .measuring import DEVICE, measure, show
-from .parts import make_matches, make_matchings, peak_memory, sample_both
+from .parts import make_matchings, peak_memory
+from .samplers import make_matches, sample_both
 
 _PROPOSALS = (500, 1000, 2000, 4000, 8000)
 _IMAGES = (1, 2, 4, 8, 16)

@@ -1,15 +1,13 @@
-"""Parts of a detector: samplers, pyramid, matching, losses."""
+"""Parts of a detector: pyramid, matching, losses."""
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -18,60 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from libra_d2.engine import load_config
 from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
 from libra_d2.modeling import LibraFastRCNNOutputLayers, MutualGuidanceMatcher
-from libra_d2.sampling import sample_instance_balanced_positives, sample_iou_balanced_negatives
 
 from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
-
-# ---- samplers
-
-
-def make_matches(num_images: int, num_positives: int) -> tuple[Tensor, Tensor, Tensor]:
-    """IoUs, ground-truth indices and mask of positives of 2,000 proposals an image."""
-    generator = torch.Generator().manual_seed(0)
-    ious = torch.rand(num_images, 2000, generator=generator) ** 3 * 0.5
-    ious[:, :num_positives] += 0.5
-    gt_indices = torch.randint(20, (num_images, 2000), generator=generator)
-    squeeze = (lambda x: x[0].to(DEVICE)) if num_images == 1 else (lambda x: x.to(DEVICE))
-    return squeeze(ious), squeeze(gt_indices), squeeze(ious >= 0.5)
-
-
-def sample_both(ious: Tensor, gt_indices: Tensor, positives: Tensor) -> None:
-    """Both Libra samplers: 512 samples, at most a quarter of them positive."""
-    num_positives = positives.sum(-1).clamp(max=128)
-    sample_instance_balanced_positives(gt_indices, positives, 128)
-    sample_iou_balanced_negatives(ious, ~positives, 512 - num_positives)
-
-
-def benchmark_samplers(repeats: int) -> None:
-    rows = []
-    for num_positives, calls in itertools.product((60, 400), (20, 1)):
-        one, batch = (make_matches(n, num_positives) for n in (1, 16))
-        labels = torch.where(one[2], 0, 1)
-        seconds = measure(
-            {
-                "detectron2": partial(subsample_labels, labels, 512, 0.25, 1),
-                "one": partial(sample_both, *one),
-                "batch": partial(sample_both, *batch),
-            },
-            repeats=repeats * 20,
-            calls=calls,
-        )
-        milliseconds = {name: 1000 * value for name, value in seconds.items()}
-        ratio = seconds["batch"] / seconds["one"]
-        rows.append((num_positives, calls, *milliseconds.values(), ratio))
-    show(
-        f"Sampling 512 of 2,000 proposals ({DEVICE}, ms)",
-        rows,
-        (
-            "positives",
-            "calls in a row",
-            "random (detectron2)",
-            "both Libra samplers",
-            "16 images, one call",
-            "16 images / 1",
-        ),
-    )
-
 
 # ---- balanced feature pyramid
 
