@@ -20,7 +20,7 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 import torch
-from benchmarks import growth, loading, models, parts, samplers
+from benchmarks import growth, limits, loading, models, parts, samplers
 from benchmarks.measuring import DEVICE, TABLES
 
 from libra_d2.checkpoint import write_whole
@@ -37,6 +37,7 @@ BENCHMARKS = {
     "loading": loading.benchmark_loading,
     "inference": models.benchmark_inference,
     "growth": growth.benchmark_growth,
+    "limits": limits.benchmark_limits,
     "export": models.benchmark_export,
 }
 

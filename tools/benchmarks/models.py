@@ -72,34 +72,32 @@ def show_iterations(models: dict[str, tuple], repeats: int) -> None:
     )
 
 
+_PLAIN = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+# Each a config and overrides; detectron2's own first.
+TWO_STAGE: dict[str, tuple] = {
+    "Faster R-CNN (detectron2)": ("Base-RCNN-FPN.yaml", _PLAIN),
+    "Libra Faster R-CNN": ("Base-Libra-RCNN-FPN.yaml",),
+    "PISA Faster R-CNN": (
+        "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml",
+        ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "1000"),  # as many proposals as the others
+    ),
+    "Libra and PISA, 2,000 proposals": ("COCO-Detection/libra_pisa_faster_rcnn_R_50_FPN_1x.yaml",),
+    "OHEM Faster R-CNN": ("COCO-Detection/ohem_faster_rcnn_R_50_FPN_1x.yaml",),
+}
+ONE_STAGE: dict[str, tuple] = {
+    "RetinaNet (detectron2)": ("Base-RetinaNet.yaml", ("MODEL.META_ARCHITECTURE", "RetinaNet")),
+    "RetinaNet": ("Base-RetinaNet.yaml",),
+    "Libra RetinaNet": ("Base-Libra-RetinaNet.yaml",),
+    "Mutual Guidance RetinaNet": ("COCO-Detection/mutual_guidance_retinanet_R_50_FPN_1x.yaml",),
+}
+
+
 def benchmark_iteration(repeats: int) -> None:
-    plain = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
-    models = {
-        "Faster R-CNN (detectron2)": ("Base-RCNN-FPN.yaml", plain),
-        "Libra Faster R-CNN": ("Base-Libra-RCNN-FPN.yaml",),
-        "PISA Faster R-CNN": (
-            "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml",
-            ("MODEL.RPN.POST_NMS_TOPK_TRAIN", "1000"),  # as many proposals as the others
-        ),
-        "Libra and PISA, 2,000 proposals": (
-            "COCO-Detection/libra_pisa_faster_rcnn_R_50_FPN_1x.yaml",
-        ),
-        "OHEM Faster R-CNN": ("COCO-Detection/ohem_faster_rcnn_R_50_FPN_1x.yaml",),
-    }
-    show_iterations(models, repeats)
+    show_iterations(TWO_STAGE, repeats)
 
 
 def benchmark_retinanet(repeats: int) -> None:
-    models = {
-        "RetinaNet (detectron2)": (
-            "Base-RetinaNet.yaml",
-            ("MODEL.META_ARCHITECTURE", "RetinaNet"),
-        ),
-        "RetinaNet": ("Base-RetinaNet.yaml",),
-        "Libra RetinaNet": ("Base-Libra-RetinaNet.yaml",),
-        "Mutual Guidance RetinaNet": ("COCO-Detection/mutual_guidance_retinanet_R_50_FPN_1x.yaml",),
-    }
-    show_iterations(models, repeats)
+    show_iterations(ONE_STAGE, repeats)
 
 
 def benchmark_speed(repeats: int) -> None:
@@ -116,13 +114,13 @@ def benchmark_speed(repeats: int) -> None:
         models["SOLVER.AMP, float16"] = (config, amp)
         models["both, float16"] = (config, (*amp, *channels_last))
     show_iterations(models, repeats)
-    steps = {name: _make_step(name == "SOLVER.FUSED") for name in ("none", "SOLVER.FUSED")}
+    steps = {name: make_step(name == "SOLVER.FUSED") for name in ("none", "SOLVER.FUSED")}
     seconds = measure(steps, repeats)
     rows = [(name, 1000 * s, s / seconds["none"]) for name, s in seconds.items()]
     show(f"Step of SGD, {config} ({DEVICE})", rows, ("switch", "ms", "ratio"))
 
 
-def _make_step(fused: bool) -> Callable:
+def make_step(fused: bool) -> Callable:
     cfg, model = make_model("Base-Libra-RCNN-FPN.yaml")
     optimizer = LibraTrainer.build_optimizer(cfg, model)
     if fused:
