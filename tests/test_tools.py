@@ -101,3 +101,5 @@ class TestExport:
 
 def test_benchmark_names_what_there_is():
     fails("benchmark.py", ["samples"], "there is samplers, bfp, matching")
+    if not torch.cuda.is_available():
+        fails("benchmark.py", ["gpu"], "gpu needs a GPU that torch finds")

@@ -20,7 +20,7 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 import torch
-from benchmarks import growth, limits, loading, models, parts, samplers
+from benchmarks import gpu, growth, limits, loading, models, parts, samplers
 from benchmarks.measuring import DEVICE, TABLES
 
 from libra_d2.checkpoint import write_whole
@@ -37,16 +37,22 @@ BENCHMARKS = {
     "loading": loading.benchmark_loading,
     "inference": models.benchmark_inference,
     "growth": growth.benchmark_growth,
+    "gpu": gpu.benchmark_gpu,
+    "gpu-short": gpu.benchmark_gpu_short,
     "limits": limits.benchmark_limits,
     "export": models.benchmark_export,
 }
+
+_WITHOUT_BEING_ASKED = [name for name in BENCHMARKS if not name.startswith("gpu")]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none")
+    parser.add_argument(
+        "what", nargs="*", help=f"of {', '.join(BENCHMARKS)}; if none, all but gpu and gpu-short"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="the median is over so many")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     args = parser.parse_args(argv)
@@ -62,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"torch {torch.__version__}, {DEVICE}: {name}")
     with one_sentence_errors(parser.prog):
-        for what in args.what or BENCHMARKS:
+        for what in args.what or _WITHOUT_BEING_ASKED:
             BENCHMARKS[what](args.repeats)
             if args.json:  # after each, as all take long
                 _write(args.json, name)

@@ -45,17 +45,34 @@ def make_iteration(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict
     """Forward and backward of a model, which no step changes, in the precision of its config."""
     cfg, model = make_model(config, opts)
     model.train()
-    dtype = amp_dtype(cfg)
-    is_mixed = dtype != torch.float32
 
     def iteration() -> None:
         with EventStorage():
-            with torch.autocast(DEVICE, dtype if is_mixed else None, enabled=is_mixed):
+            with _precision(cfg):
                 loss = sum(model(inputs).values())
             loss.backward()
         model.zero_grad()
 
     return iteration
+
+
+def make_inference(config: str, opts: tuple[str, ...] = (), *, inputs: list[dict]) -> Callable:
+    """Detection in a batch, in the precision of the config."""
+    cfg, model = make_model(config, opts)
+    model.eval()
+
+    @torch.no_grad()
+    def inference() -> None:
+        with _precision(cfg):
+            model(inputs)
+
+    return inference
+
+
+def _precision(cfg: CfgNode) -> torch.autocast:
+    dtype = amp_dtype(cfg)
+    is_mixed = dtype != torch.float32
+    return torch.autocast(DEVICE, dtype if is_mixed else None, enabled=is_mixed)
 
 
 def show_iterations(models: dict[str, tuple], repeats: int) -> None:
