@@ -11,7 +11,7 @@ help:
 	@echo "make demo       train a small Libra Faster R-CNN, evaluate it and draw what it finds"
 	@echo "make compare    train the demo and its plain twin, and compare them"
 	@echo "make test       run the tests"
-	@echo "make test-slow  damage configs, data and checkpoints, kill runs, export graphs (half an hour)"
+	@echo "make test-slow  damage configs, data and checkpoints, kill runs, export graphs and more (half an hour)"
 	@echo "make lint       check style and formatting"
 	@echo "make benchmark  measure speed and memory (minutes; ARGS=--help for options)"
 	@echo "make gpu-check  run the tests that need a GPU, and measure what docs/benchmarks.md is to hold"
@@ -35,7 +35,7 @@ test: .venv/requirements
 
 test-slow: .venv/requirements .venv/detectron2
 	@FUZZ_EXAMPLES=10000 $(PYTEST) tests/test_fuzz.py --timeout 36000 $(ARGS)
-	@$(PYTEST) tests/test_deploy.py -m slow $(ARGS)
+	@$(PYTEST) -m slow --ignore tests/test_damage.py $(ARGS)
 	@FUZZ_RUNS=1000 $(PYTEST) tests/test_damage.py -m "slow or not slow" --timeout 36000 $(ARGS)
 
 lint: .venv/requirements

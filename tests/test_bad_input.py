@@ -277,14 +277,18 @@ class TestBadInput:
         flags = ["--num-gpus", "0", "--num-processes", "3"]
         fails(capsys, command(LIBRA, tmp_path, flags=flags), "multiple of the 3 processes, got 2")
 
-    def test_from_the_shell_it_has_no_traceback(self, tmp_path):
+    @pytest.mark.parametrize(
+        "flags", [(), pytest.param(("--num-processes", "2"), marks=pytest.mark.slow)]
+    )
+    def test_from_the_shell_it_has_no_traceback(self, flags, tmp_path):
         """In the main process and, for what only building the model tells, in the others."""
-        for flags in ([], ["--num-gpus", "0", "--num-processes", "2"]):
-            argv = command(LIBRA, tmp_path, "MODEL.BFP.REFINE_LEVEL", 7, flags=flags)
-            result = start(argv, dataset="digits_val")
-            assert result.returncode == 2, result.stderr
-            assert result.stderr.count("REFINE_LEVEL must be in") == 1
-            assert "Traceback" not in result.stderr
+        argv = command(
+            LIBRA, tmp_path, "MODEL.BFP.REFINE_LEVEL", 7, flags=["--num-gpus", "0", *flags]
+        )
+        result = start(argv, dataset="digits_val")
+        assert result.returncode == 2, result.stderr
+        assert result.stderr.count("REFINE_LEVEL must be in") == 1
+        assert "Traceback" not in result.stderr
 
 
 def test_lvis_annotations_pass_the_checks(tmp_path):

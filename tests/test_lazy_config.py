@@ -151,6 +151,7 @@ VIT = ["embed_dim=16", "depth=2", "num_heads=2", "window_block_indexes=[0]", "im
 VIT = [f"model.backbone.pyramid.net.{x}" for x in VIT] + ["model.backbone.pyramid.square_pad=96"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "narrow"),
     [("libra_cascade_mask_rcnn_swin_t_in21k", SWIN), ("libra_mask_rcnn_vitdet_b_100ep", VIT)],
