@@ -20,7 +20,7 @@ from libra_d2.quiet import silence_known_warnings
 silence_known_warnings()
 
 import torch
-from benchmarks import gpu, growth, limits, loading, models, parts, samplers
+from benchmarks import gpu, growth, limits, loading, models, parts, samplers, training
 from benchmarks.measuring import DEVICE, TABLES
 
 from libra_d2.checkpoint import write_whole
@@ -34,6 +34,7 @@ BENCHMARKS = {
     "iteration": models.benchmark_iteration,
     "retinanet": models.benchmark_retinanet,
     "speed": models.benchmark_speed,
+    "training": training.benchmark_training,
     "loading": loading.benchmark_loading,
     "inference": models.benchmark_inference,
     "growth": growth.benchmark_growth,

@@ -27,8 +27,9 @@ class ParallelROIAlign(ROIAlign):
 
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         """Pools features (N, C, H, W) of any float dtype; boxes (R, 5), float32: (R, C, h, w)."""
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        inputs = features.to(dtype), rois.to(dtype)
+        dtype, layout = torch.promote_types(features.dtype, torch.float32), torch.contiguous_format
+        # Of another layout torchvision would make a copy, for each of the threads.
+        inputs = features.to(dtype, memory_format=layout), rois.to(dtype)
         in_one = torch.get_num_threads() == 1 or torch.jit.is_tracing()
         if features.device.type != "cpu" or in_one or torch.compiler.is_compiling():
             pooled = super().forward(*inputs)

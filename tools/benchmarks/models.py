@@ -89,10 +89,10 @@ def show_iterations(models: dict[str, tuple], repeats: int) -> None:
     )
 
 
-_PLAIN = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
+PLAIN = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.PROPOSAL_GENERATOR.NAME", "RPN")
 # Each a config and overrides; detectron2's own first.
 TWO_STAGE: dict[str, tuple] = {
-    "Faster R-CNN (detectron2)": ("Base-RCNN-FPN.yaml", _PLAIN),
+    "Faster R-CNN (detectron2)": ("Base-RCNN-FPN.yaml", PLAIN),
     "Libra Faster R-CNN": ("Base-Libra-RCNN-FPN.yaml",),
     "PISA Faster R-CNN": (
         "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml",
