@@ -1,5 +1,7 @@
 """ISR-P and CARL, in every kind of detector."""
 
+import copy
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -129,6 +131,17 @@ class TestCarl:
         torch.testing.assert_close(losses["loss_carl"], expected)
         (gradient,) = torch.autograd.grad(losses["loss_carl"], heads.box_predictor.cls_score.weight)
         assert gradient.abs().sum() > 0  # classification learns from regression
+
+    def test_a_box_loss_of_a_subclass_stays(self, monkeypatch):
+        def seven(self, proposal_boxes, gt_boxes, pred_deltas, gt_classes):
+            return 7 + 0 * pred_deltas.sum()
+
+        heads, features, proposals, targets, *_ = run_heads(*CARL)
+        own = type("Own", (type(heads.box_predictor),), {"box_reg_loss": seven})
+        heads.box_predictor.__class__ = own
+        with EventStorage():
+            losses = heads(None, features, copy.deepcopy(proposals), targets)[1]
+        assert losses["loss_box_reg"] == 7 and losses["loss_carl"] > 0
 
     def test_leaves_the_other_losses_alone(self):
         plain, carl = run_heads()[5], run_heads(*CARL)[5]

@@ -43,8 +43,11 @@ def test_it_is_pils_up_to_rounding(size, layout):
 
 @pytest.mark.parametrize(
     "image",
-    [make_image().astype(np.float32), make_image()[:, :, 0], make_image(channels=1)],
-    ids=["float", "no channels", "one channel"],
+    [
+        *(make_image().astype(np.float32), make_image()[:, :, 0]),
+        *(make_image(channels=1), make_image(channels=4)),
+    ],
+    ids=["float", "no channels", "one channel", "four channels"],
 )
 def test_other_images_are_as_the_parents(image):
     sizes = (90, 130, 50, 70)
@@ -52,6 +55,11 @@ def test_other_images_are_as_the_parents(image):
     got = TorchResize(*sizes).apply_image(image)
     assert got.shape == expected.shape
     np.testing.assert_allclose(got.astype(float), expected, atol=1)
+
+
+def test_an_image_of_another_size_is_refused():
+    with pytest.raises(AssertionError):
+        TorchResize(10, 10, 5, 5).apply_image(make_image())
 
 
 def test_masks_keep_their_values():

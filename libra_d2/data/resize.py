@@ -25,10 +25,12 @@ class TorchResize(ResizeTransform):
     """
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Resizes an image (H, W, C); one of another shape or dtype as the parent does."""
+        """Resizes an image (H, W, 3) or (H, W, 1); one of another kind as the parent does."""
         method = self.interp if interp is None else interp
-        if img.dtype != np.uint8 or img.ndim != 3 or method != Image.BILINEAR:
+        is_known = img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] in (1, 3)
+        if not is_known or method != Image.BILINEAR:
             return super().apply_image(img, interp)
+        assert img.shape[:2] == (self.h, self.w)
         image = torch.from_numpy(np.ascontiguousarray(img)).permute(2, 0, 1)[None]
         size = self.new_h, self.new_w
         resized = F.interpolate(image, size, mode="bilinear", antialias=True)

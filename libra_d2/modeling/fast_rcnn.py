@@ -132,8 +132,13 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             loss_cls = (each * weights).sum() / num_rois
         else:
             loss_cls = cross_entropy(logits, gt_classes, reduction="mean")
-        box_losses = self._box_losses(*_boxes(proposals), deltas, gt_classes)
-        losses = {"loss_cls": loss_cls, "loss_box_reg": box_losses.sum() / num_rois}
+        boxes = *_boxes(proposals), deltas, gt_classes
+        box_losses = self._box_losses(*boxes)
+        if type(self).box_reg_loss is LibraFastRCNNOutputLayers.box_reg_loss:
+            loss_box_reg = box_losses.sum() / num_rois
+        else:
+            loss_box_reg = self.box_reg_loss(*boxes)
+        losses = {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
         factors = dict(self.loss_weight)
         if self.carl is not None:
             foreground = self._foreground(gt_classes)

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from .roi_align import ParallelROIAlign, spread_gradient, use_parallel_roi_align
 
-__all__ = ["Look", "LookPooler", "treats_rows_alike"]
+__all__ = ["Look", "LookPooler", "can_look"]
 
 
 class Look(TorchFunctionMode):
@@ -45,8 +45,8 @@ class Look(TorchFunctionMode):
             scores = head(pooler(features, boxes[rows]))
 
     What is not remembered is computed: other functions, and other layers than those of the first
-    pass in its order. The pooler is to be a :class:`LookPooler`, and each row's outcome its own
-    (:func:`treats_rows_alike`).
+    pass in its order. The second has to be that first one, of the same features, for some of its
+    boxes; the pooler a :class:`LookPooler`; each row's outcome its own (:func:`can_look`).
     """
 
     def __init__(self):
@@ -64,8 +64,8 @@ class Look(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        again = _AGAIN.get(func)
-        if again is None or kwargs:
+        again, num_args = _AGAIN.get(func, (None, 0))
+        if again is None or kwargs or len(args) != num_args:
             return func(*args, **(kwargs or {}))
         owner = args[1]  # weights, or a pooler
         if not self.is_kept:
@@ -106,16 +106,33 @@ class LookPooler(ROIPooler):
         return super().forward(x, box_lists)
 
 
-def treats_rows_alike(*heads: nn.Module) -> bool:
-    """Whether heads are known to compute the same of a row beside whatever others, each time."""
-    known = (
-        *(nn.ModuleList, nn.Linear, Conv2d, nn.ReLU, nn.Flatten, nn.GroupNorm, FrozenBatchNorm2d),
-        FastRCNNConvFCHead,
+def can_look(pooler: nn.Module, head: nn.Module, predictor: nn.Module) -> bool:
+    """Whether these are known to compute the same of a row beside whatever others, each time.
+
+    Where torch is to be deterministic they cannot on a GPU: what torchvision has for it is another
+    function than the gradient that is used here.
+    """
+    modules = [*head.modules(), *predictor.modules()]
+    return (
+        isinstance(pooler, LookPooler)
+        and all(map(_treats_rows_alike, modules))
+        and not torch.are_deterministic_algorithms_enabled()
     )
-    return all(
-        type(module) in known or isinstance(module, FastRCNNOutputLayers)
-        for head in heads
-        for module in head.modules()
+
+
+_KNOWN = (
+    *(nn.ModuleList, nn.Linear, Conv2d, nn.ReLU, nn.Flatten, nn.GroupNorm, FrozenBatchNorm2d),
+    FastRCNNConvFCHead,
+)
+
+
+def _treats_rows_alike(module: nn.Module) -> bool:
+    is_output = type(module).forward is FastRCNNOutputLayers.forward
+    is_changed = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return (
+        (type(module) in _KNOWN or is_output)
+        and not is_changed
+        and not getattr(module, "inplace", False)
     )
 
 
@@ -160,7 +177,7 @@ class _Pool(torch.autograd.Function):
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+        ctx: Any, rows: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(input.to(rows.dtype), weight.to(rows.dtype))
         return rows.view_as(rows)
@@ -198,4 +215,9 @@ class _Conv2d(torch.autograd.Function):
         return None, *gradients, None, None, None, None
 
 
-_AGAIN = {F.linear: _Linear.apply, F.conv2d: _Conv2d.apply, _pool: _pool_again}
+# What takes values over in place of a function, and the number of arguments it has to have.
+_AGAIN: dict[Callable, tuple[Callable, int]] = {
+    F.linear: (_Linear.apply, 3),
+    F.conv2d: (_Conv2d.apply, 7),
+    _pool: (_pool_again, 3),
+}

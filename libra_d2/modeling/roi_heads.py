@@ -25,7 +25,7 @@ from libra_d2.config import get_key
 
 from .box_losses import DETECTRON2S
 from .fast_rcnn import LibraFastRCNNOutputLayers
-from .look import Look, LookPooler, treats_rows_alike
+from .look import Look, LookPooler, can_look
 from .samplers import (
     NEGATIVE_SAMPLERS,
     POSITIVE_SAMPLERS,
@@ -78,6 +78,9 @@ class BalancedSampling:
         "MODEL.PISA.CARL.ENABLED": (False,),
     }
 
+    # During a forward pass in training, what was computed of all proposals.
+    _look: Look | None = None
+
     @configurable
     def __init__(
         self,
@@ -115,11 +118,7 @@ class BalancedSampling:
         for sampler in (positive_sampler, negative_sampler):
             if needs_predictions(sampler):
                 _check_predictor(sampler, self._predictor())
-        # During a forward pass in training, what was computed of all proposals.
-        self._look: Look | None = None
-        self._can_remember = False
-        if getattr(self.proposal_matcher, "needs_predictions", False) and hasattr(self, "box_head"):
-            self._can_remember = treats_rows_alike(self.box_head, self._predictor())
+        if self._takes_over and getattr(self.proposal_matcher, "needs_predictions", False):
             self.box_pooler = LookPooler.like(self.box_pooler)
 
     @classmethod
@@ -135,6 +134,14 @@ class BalancedSampling:
             "negative_sampler": NEGATIVE_SAMPLERS.make("MODEL.ROI_HEADS.NEGATIVE_SAMPLER", cfg),
             "num_iou_bins": cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS,
         }
+
+    @property
+    def _takes_over(self) -> bool:
+        """Whether, to train, the boxes chosen go the way that they went in the look.
+
+        Of subclasses that is not known.
+        """
+        return type(self) in (LibraROIHeads, LibraCascadeROIHeads)
 
     def _predictor(self) -> nn.Module:
         """The (first) output layers."""
@@ -152,7 +159,8 @@ class BalancedSampling:
     def forward(self, images, features, proposals, targets=None):
         if not self.training or not getattr(self.proposal_matcher, "needs_predictions", False):
             return super().forward(images, features, proposals, targets)
-        self._look = Look() if self._can_remember else None
+        if self._takes_over and can_look(self.box_pooler, self.box_head, self._predictor()):
+            self._look = Look()
         try:
             proposals, targets = self._add_predictions(features, proposals, targets)
             return super().forward(images, features, proposals, targets)

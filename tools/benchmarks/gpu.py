@@ -29,7 +29,7 @@ def benchmark_gpu(repeats: int) -> None:
 
 
 def benchmark_gpu_short(repeats: int) -> None:
-    """R50, two images, in float32 as torch has it by default, and in bfloat16."""
+    """R50, two images, in TF32 and in bfloat16."""
     _refuse_cpu("gpu-short")
     for family, precision in itertools.product((TWO_STAGE, ONE_STAGE), ("TF32", "bfloat16")):
         show_cell(family, 50, 2, precision, repeats)

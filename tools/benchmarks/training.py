@@ -37,6 +37,7 @@ def benchmark_training(repeats: int) -> None:
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(name, there))
             process.start()
+            there.close()  # or its end would not be noticed here
             stack.callback(process.join)
             stack.callback(here.send, "")
             steps[name] = partial(_ask, here)
