@@ -13,10 +13,11 @@ import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 from runs import RETINANET, at_iteration, model_of, same_weights, send
-from toys import SMALL, small_config
+from toys import CONFIGS, SMALL, small_config
 
 from libra_d2.config import get_key, list_keys
 from libra_d2.engine import LibraTrainer
+from libra_d2.engine.lazy_config import load_lazy_config
 from libra_d2.engine.speed import amp_dtype, fuse, settle_speed
 from libra_d2.modeling.roi_align import ParallelROIAlign
 
@@ -146,6 +147,14 @@ class TestFast:
         cfg.defrost()
         settle_speed(cfg)
         assert cfg.DATALOADER.NUM_WORKERS == 0
+
+    def test_a_lazy_config_has_it_too(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+        file = CONFIGS / "COCO-Detection" / "libra_faster_rcnn_R_50_FPN_1x.py"
+        opts = ["train.fast=true", "train.device=cpu"]
+        lazy = load_lazy_config(str(file), opts, settle=settle_speed).lazy
+        assert lazy.train.fused and lazy.train.keep_memory
+        assert lazy.dataloader.resize == "torch" and lazy.dataloader.train.num_workers == 2
 
     def test_a_run_says_it_and_its_config_has_it(self, run, out, capsys):
         assert run("SOLVER.FAST", True, iterations=2) == 0
