@@ -56,6 +56,22 @@ def test_batches_are_detectron2s(folder, grouping):
     assert names == [[x[0] for x in batch] for batch in theirs]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pinned_images(folder):
+    cfg = config("DATALOADER.PIN_MEMORY", True)
+    (batch,) = islice(build_train_loader(cfg), 1)
+    assert all(x["image"].is_pinned() and len(x["instances"]) > 0 for x in batch)
+    names = [(x["file_name"], x["image"]) for x in batch]
+    assert are_equal([names], take(build_train_loader(config()), 1))
+
+
+def test_pinned_memory_is_nothing_without_a_gpu(folder, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    batches = take(build_train_loader(config("DATALOADER.PIN_MEMORY", True)), 1)
+    assert are_equal(batches, take(build_train_loader(config()), 1))
+    assert not any("pin_memory" in str(warning.message) for warning in recwarn)
+
+
 def test_images_depend_on_seed_and_place_alone(folder):
     batches = take(build_train_loader(config()), 8)
     assert are_equal(batches, take(build_train_loader(config("DATALOADER.NUM_WORKERS", 2)), 8))

@@ -152,7 +152,7 @@ class TrainLoader:
         num_workers: processes that load; 0 for this one.
         seed: of what is random in the mapper.
         max_bad_images: how many images that can't be read may be left out.
-        pin_memory: whether batches come in memory that a GPU copies from at once.
+        pin_memory: whether batches come in memory that a GPU copies from at once, if there is one.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class TrainLoader:
             batch_sampler=self.make_batches(self.start),
             num_workers=self.num_workers,
             collate_fn=list,
-            pin_memory=self.pin_memory,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
             worker_init_fn=_obey_the_parent_alone,
             # Not from the numbers that training draws from.
             generator=torch.Generator().manual_seed(self.dataset.seed),
