@@ -220,6 +220,8 @@ def test_heads_of_another_class_compute_twice(monkeypatch):
             return heads(None, features, copy.deepcopy(proposals), targets)[1]
 
     got = losses()
+    Changing.trains_as_it_looks = True  # which it does not
+    assert got != losses()
     monkeypatch.setattr(roi_heads, "can_look", lambda *parts: False)
     assert got == losses()
 

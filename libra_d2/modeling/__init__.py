@@ -8,6 +8,7 @@ from .backbones import (
 )
 from .balanced_pyramid import BalancedPyramid
 from .box_losses import BOX_LOSSES, BalancedL1, CIoU, DecodedLoss, DeltaLoss, DIoU, GIoU, SmoothL1
+from .cascade import LibraCascadeROIHeads
 from .classification_losses import (
     CLASSIFICATION_LOSSES,
     BalancedCrossEntropy,
@@ -24,7 +25,7 @@ from .pyramids import (
     build_retinanet_resnet_pafpn_backbone,
 )
 from .retinanet import LibraRetinaNet
-from .roi_heads import BalancedSampling, LibraCascadeROIHeads, LibraRes5ROIHeads, LibraROIHeads
+from .roi_heads import BalancedSampling, LibraRes5ROIHeads, LibraROIHeads
 from .rpn import LibraRPN
 from .samplers import (
     NEGATIVE_SAMPLERS,

@@ -6,19 +6,18 @@ from collections.abc import Collection
 from typing import ClassVar
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import cat
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
-    CascadeROIHeads,
     FastRCNNOutputLayers,
     Res5ROIHeads,
     StandardROIHeads,
 )
 from detectron2.modeling.sampling import subsample_labels
-from detectron2.structures import Instances, pairwise_iou
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from libra_d2.config import get_key
@@ -37,12 +36,7 @@ from .sampling_log import log_sampled
 from .sampling_matcher import SamplingMatcher, needs_predictions
 from .undisturbed import undisturbed
 
-__all__ = [
-    "BalancedSampling",
-    "LibraCascadeROIHeads",
-    "LibraROIHeads",
-    "LibraRes5ROIHeads",
-]
+__all__ = ["BalancedSampling", "LibraROIHeads", "LibraRes5ROIHeads"]
 
 
 # Switches that output layers read.
@@ -78,6 +72,9 @@ class BalancedSampling:
         "MODEL.PISA.CARL.ENABLED": (False,),
     }
 
+    # Whether, in a class and not in its subclasses, ``_forward_box`` begins with what ``_predict``
+    # does, of the same features and boxes, so that it need not be computed twice.
+    trains_as_it_looks: ClassVar[bool] = False
     # During a forward pass in training, what was computed of all proposals.
     _look: Look | None = None
 
@@ -118,7 +115,7 @@ class BalancedSampling:
         for sampler in (positive_sampler, negative_sampler):
             if needs_predictions(sampler):
                 _check_predictor(sampler, self._predictor())
-        if self._takes_over and getattr(self.proposal_matcher, "needs_predictions", False):
+        if self._takes_over() and getattr(self.proposal_matcher, "needs_predictions", False):
             self.box_pooler = LookPooler.like(self.box_pooler)
 
     @classmethod
@@ -135,13 +132,9 @@ class BalancedSampling:
             "num_iou_bins": cfg.MODEL.ROI_HEADS.IOU_BALANCED.NUM_BINS,
         }
 
-    @property
     def _takes_over(self) -> bool:
-        """Whether, to train, the boxes chosen go the way that they went in the look.
-
-        Of subclasses that is not known.
-        """
-        return type(self) in (LibraROIHeads, LibraCascadeROIHeads)
+        # A subclass may have overridden whatever lies between.
+        return vars(type(self)).get("trains_as_it_looks", False)
 
     def _predictor(self) -> nn.Module:
         """The (first) output layers."""
@@ -159,7 +152,7 @@ class BalancedSampling:
     def forward(self, images, features, proposals, targets=None):
         if not self.training or not getattr(self.proposal_matcher, "needs_predictions", False):
             return super().forward(images, features, proposals, targets)
-        if self._takes_over and can_look(self.box_pooler, self.box_head, self._predictor()):
+        if self._takes_over() and can_look(self.box_pooler, self.box_head, self._predictor()):
             self._look = Look()
         try:
             proposals, targets = self._add_predictions(features, proposals, targets)
@@ -286,6 +279,8 @@ class BalancedSampling:
 class LibraROIHeads(BalancedSampling, StandardROIHeads):
     """detectron2's standard ROI heads with balanced sampling and losses."""
 
+    trains_as_it_looks = True
+
 
 @ROI_HEADS_REGISTRY.register()
 class LibraRes5ROIHeads(BalancedSampling, Res5ROIHeads):
@@ -295,53 +290,6 @@ class LibraRes5ROIHeads(BalancedSampling, Res5ROIHeads):
         boxes = [p.proposal_boxes for p in proposals]
         pooled = self._shared_roi_transform([features[f] for f in self.in_features], boxes)
         return self.box_predictor(pooled.mean(dim=[2, 3]))
-
-
-@ROI_HEADS_REGISTRY.register()
-class LibraCascadeROIHeads(BalancedSampling, CascadeROIHeads):
-    """detectron2's cascade with balanced sampling in its first stage and balanced losses in all."""
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        _check_cascade(cfg)
-        return super().from_config(cfg, input_shape)
-
-    def _predictor(self):
-        return self.box_predictor[0]
-
-    def _predict(self, features, proposals):
-        return self._run_stage([features[f] for f in self.box_in_features], proposals, 0)
-
-    def _match_and_label_boxes(self, proposals, stage, targets):
-        """Labels as the parent does, and for ISR-P adds the field ``gt_indices``."""
-        if getattr(self.box_predictor[stage], "isr_positive", None) is not None:
-            for image, gt in zip(proposals, targets, strict=True):
-                ious = pairwise_iou(gt.gt_boxes, image.proposal_boxes)
-                # Without ground truths there are no positives, whose index would be read.
-                none = torch.zeros(len(image), dtype=torch.int64, device=ious.device)
-                image.gt_indices = ious.max(dim=0).indices if len(gt) > 0 else none
-        return super()._match_and_label_boxes(proposals, stage, targets)
-
-
-def _check_cascade(cfg: CfgNode) -> None:
-    """Refuses what detectron2 would refuse without naming a key, or take as it comes."""
-    key, weights = "MODEL.ROI_BOX_CASCADE_HEAD", cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
-    ious, heads = list(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS), cfg.MODEL.ROI_HEADS
-    if not cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
-        raise ValueError(f"MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG must be True with {heads.NAME}")
-    if list(heads.IOU_THRESHOLDS) != ious[:1]:
-        raise ValueError(
-            f"MODEL.ROI_HEADS.IOU_THRESHOLDS must be the first of {key}.IOUS, {ious[:1]}, "
-            f"got {heads.IOU_THRESHOLDS}"
-        )
-    if len(weights) != len(ious) or not all(
-        len(stage) == 4 and all(isinstance(w, (int, float)) and w > 0 for w in stage)
-        for stage in weights
-    ):
-        raise ValueError(
-            f"{key}.BBOX_REG_WEIGHTS must be four positive numbers for each of the {len(ious)} "
-            f"stages, got {weights}"
-        )
 
 
 def _check_predictor(sampler: Sampler, predictor: nn.Module) -> None:
