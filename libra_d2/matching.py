@@ -111,9 +111,7 @@ def classify_to_localize(
     anchor_pairs = _Pairs.of(anchor_ious)
     if not class_scores.is_sparse:
         scores = class_scores[anchor_pairs.gts, anchor_pairs.anchors]
-    elif anchor_ious.is_sparse and torch.equal(
-        class_scores.coalesce().indices(), anchor_ious.coalesce().indices()
-    ):
+    elif anchor_ious.is_sparse and _have_equal_indices(class_scores, anchor_ious):
         scores = class_scores.coalesce().values()
     else:
         raise ValueError("sparse class_scores must have the indices of sparse anchor_ious")
@@ -133,6 +131,14 @@ def _check_shapes(anchor_ious: Tensor, other: Tensor) -> None:
             "both matrices must have the same shape (ground truths, anchors), got "
             f"{tuple(anchor_ious.shape)} and {tuple(other.shape)}"
         )
+
+
+def _have_equal_indices(one: Tensor, other: Tensor) -> bool:
+    one, other = one.coalesce().indices(), other.coalesce().indices()
+    # Those made of each other share them, and need not be looked at.
+    return (one.data_ptr() == other.data_ptr() and one.shape == other.shape) or torch.equal(
+        one, other
+    )
 
 
 @dataclass(frozen=True)
