@@ -244,8 +244,8 @@ def _add_speed(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "auto"
     # Whether convolutions see channels as the last dimension, which kernels of today prefer.
     cfg.MODEL.CHANNELS_LAST = False
-    # What brings images to their size: "pil", as in detectron2, or "torch", in a quarter of the
-    # time; it smooths as PIL does, and values differ by at most 1 of 255.
+    # What brings images to their size: "pil", as in detectron2, or "torch", which is faster; it
+    # smooths as PIL does, and values differ by at most 1 of 255.
     cfg.INPUT.RESIZE = "pil"
     # Whether images wait in memory that a GPU copies from at once.
     cfg.DATALOADER.PIN_MEMORY = False

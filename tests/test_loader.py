@@ -11,7 +11,8 @@ from detectron2.data.datasets import register_coco_instances
 from formats import make_coco
 from toys import toy_config
 
-from libra_d2.data.loader import LoadingError, build_test_loader, build_train_loader
+from libra_d2.data.loader import build_test_loader, build_train_loader
+from libra_d2.data.workers import LoadingError
 
 OPTS = (
     "DATASETS.TRAIN",

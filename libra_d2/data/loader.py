@@ -4,20 +4,12 @@ What an image becomes depends on the run's seed and the image's place in the ord
 number of workers, nor on what was loaded before.
 """
 
-import contextlib
 import logging
-import os
-import random
-import signal
-import struct
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -26,17 +18,22 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.data.common import DatasetFromList
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .resize import use_resize
+from .workers import (
+    LoadingError,
+    Reader,
+    Unreadable,
+    batches_of,
+    obey_the_parent_alone,
+    random_numbers_of,
+)
 
 __all__ = [
     "TRAIN_PARTS",
-    "LoadingError",
     "TestLoader",
     "TrainLoader",
     "build_test_loader",
@@ -45,71 +42,24 @@ __all__ = [
     "train_loader_of",
 ]
 
-# What libraries raise for files that are missing, damaged, or not as annotated.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    SizeMismatchError,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    struct.error,
-)
-
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-
-
 # Of the arguments of detectron2's loader those that ours knows.
 TRAIN_PARTS = {
     *("dataset", "mapper", "sampler", "total_batch_size", "aspect_ratio_grouping", "num_workers"),
 }
 
 
-class LoadingError(ValueError):
-    """Images can't be loaded."""
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    """Stands for an image that could not be read; it travels from a worker to the loader."""
-
-    file_name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"image '{self.file_name}' cannot be read: {self.reason}"
-
-
-class _Reader:
-    """A mapper that gives what can't be read another form than an error, which would lose its name.
-
-    Args:
-        mapper: makes a model's input of an image's record.
-    """
-
-    def __init__(self, mapper: Callable[[dict], Any]):
-        self.mapper = mapper
-
-    def __call__(self, record: dict) -> Any:
-        try:
-            return self.mapper(record)
-        except _UNREADABLE as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            return _Unreadable(str(record.get("file_name")), reason)
-
-
 class _Images(Dataset):
     """Images by (place in the order, index)."""
 
     def __init__(self, records: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
-        self.records, self.read, self.seed = records, _Reader(mapper), seed
+        self.records, self.read, self.seed = records, Reader(mapper), seed
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, place_and_index: tuple[int, int]) -> Any:
         place, index = place_and_index
-        with _random_numbers_of(self.seed, place):
+        with random_numbers_of(self.seed, place):
             return self.read(self.records[index])
 
 
@@ -200,15 +150,15 @@ class TrainLoader:
             num_workers=self.num_workers,
             collate_fn=list,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
-            worker_init_fn=_obey_the_parent_alone,
+            worker_init_fn=obey_the_parent_alone,
             # Not from the numbers that training draws from.
             generator=torch.Generator().manual_seed(self.dataset.seed),
         )
         num_empty, most_empty = 0, len(self.dataset) // self.batch_size + 1
-        for position, batch in enumerate(_tell_of_workers(loader), self.start + 1):
+        for position, batch in enumerate(batches_of(loader), self.start + 1):
             whole = []
             for image in batch:
-                if isinstance(image, _Unreadable):
+                if isinstance(image, Unreadable):
                     self._leave_out(image)
                 elif image is not None:
                     whole.append(image)
@@ -219,7 +169,7 @@ class TrainLoader:
                 self._before, self.position = self.position, position
                 yield whole
 
-    def _leave_out(self, image: _Unreadable) -> None:
+    def _leave_out(self, image: Unreadable) -> None:
         if image.file_name in self.bad_images:
             return
         if len(self.bad_images) >= self.max_bad_images:
@@ -245,25 +195,11 @@ class TestLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for batch in _tell_of_workers(self.loader):
+        for batch in batches_of(self.loader):
             for image in batch:
-                if isinstance(image, _Unreadable):
+                if isinstance(image, Unreadable):
                     raise LoadingError(f"{image}; an evaluation leaves no image out")
             yield batch
-
-
-def _tell_of_workers(loader: DataLoader) -> Iterator[list[Any]]:
-    """The batches of a loader; what it raises when a worker dies becomes a sentence."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
-            raise
-        what = " ".join(str(error).split())
-        raise LoadingError(
-            f"a process that loads images has ended ({what}); where memory is short, a lower "
-            "DATALOADER.NUM_WORKERS helps"
-        ) from error
 
 
 def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], Any] | None = None) -> TrainLoader:
@@ -320,36 +256,7 @@ def test_loader_of(parts: dict[str, Any], cfg: CfgNode) -> TestLoader:
         parts: they.
         cfg: a run's config, for ``INPUT.RESIZE``.
     """
-    reader = _Reader(use_resize(parts["mapper"], cfg))
+    reader = Reader(use_resize(parts["mapper"], cfg))
     loader = build_detection_test_loader(**{**parts, "mapper": reader})
-    loader.worker_init_fn = _obey_the_parent_alone
+    loader.worker_init_fn = obey_the_parent_alone
     return TestLoader(loader)
-
-
-def _obey_the_parent_alone(worker: int) -> None:
-    """Leaves signals that come to a whole group of processes to the one that trains."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-    def wait() -> None:
-        while True:
-            received = signal.sigwaitinfo(_SIGNALS)
-            if received.si_pid == os.getppid() and received.si_signo == signal.SIGTERM:
-                os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _random_numbers_of(seed: int, place: int) -> Iterator[None]:
-    """Lets all libraries draw the numbers of one place in the order; then those they would have."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    number = int(np.random.SeedSequence((seed, place)).generate_state(1)[0])
-    random.seed(number)
-    np.random.seed(number)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed would seed GPUs too
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

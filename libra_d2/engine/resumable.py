@@ -13,7 +13,7 @@ from detectron2.evaluation import DatasetEvaluator, inference_context
 from detectron2.utils import comm
 from torch import nn
 
-from libra_d2.data.loader import LoadingError
+from libra_d2.data.workers import LoadingError
 
 from .average import WeightAverage
 from .following import show_predictions

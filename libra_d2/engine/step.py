@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from libra_d2.data.loader import LoadingError
+from libra_d2.data.workers import LoadingError
 
 from .stopping import NonFiniteError
 

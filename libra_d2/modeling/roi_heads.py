@@ -115,7 +115,7 @@ class BalancedSampling:
         for sampler in (positive_sampler, negative_sampler):
             if needs_predictions(sampler):
                 _check_predictor(sampler, self._predictor())
-        if self._takes_over() and getattr(self.proposal_matcher, "needs_predictions", False):
+        if self._takes_over() and needs_predictions(self.proposal_matcher):
             self.box_pooler = LookPooler.like(self.box_pooler)
 
     @classmethod
@@ -150,7 +150,7 @@ class BalancedSampling:
         return self.box_predictor(self.box_head(pooled))
 
     def forward(self, images, features, proposals, targets=None):
-        if not self.training or not getattr(self.proposal_matcher, "needs_predictions", False):
+        if not self.training or not needs_predictions(self.proposal_matcher):
             return super().forward(images, features, proposals, targets)
         if self._takes_over() and can_look(self.box_pooler, self.box_head, self._predictor()):
             self._look = Look()

@@ -140,6 +140,6 @@ class _Batch:
     weights: list[Tensor | None] = field(default_factory=list)
 
 
-def needs_predictions(sampler: Sampler | None) -> bool:
-    """Whether a sampler looks at what the box head predicts."""
+def needs_predictions(sampler: Sampler | Matcher | SamplingMatcher | None) -> bool:
+    """Whether a sampler, or a matcher by one of its own, looks at what the box head predicts."""
     return getattr(sampler, "needs_predictions", False)

@@ -21,7 +21,7 @@ PRECISIONS: dict[str, tuple[tuple[str, ...], bool]] = {
 
 
 def benchmark_gpu(repeats: int) -> None:
-    """Everything: some twenty minutes of an H100."""
+    """Everything."""
     _refuse_cpu("gpu")
     for family, depth, batch in itertools.product((TWO_STAGE, ONE_STAGE), (50, 101), (2, 8)):
         for precision in PRECISIONS:
