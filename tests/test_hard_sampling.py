@@ -130,6 +130,22 @@ class TestScoreHlr:
         expected[chosen] = torch.tensor(u) ** 0.5
         torch.testing.assert_close(weights, expected)
 
+    def test_looks_at_no_more_of_a_crowd_than_its_ranks_need(self, generator, monkeypatch):
+        """Time and memory of NMS grow with the square of what it looks at."""
+        looked_at = []
+
+        def counting(boxes, *args):
+            looked_at.append(len(boxes))
+            return nms(boxes, *args)
+
+        monkeypatch.setattr("libra_d2.sampling.hard.nms", counting)
+        corner = torch.rand(4000, 2, generator=generator) * 1000
+        boxes = torch.cat([corner, corner + 60], dim=1)
+        scores = torch.rand(4000, generator=generator) + 0.1
+        every = torch.ones(4000, dtype=torch.bool)
+        sample_score_hlr_negatives(scores, boxes, every, 50)
+        assert max(looked_at) <= 400
+
     def test_the_best_of_each_cluster_come_first(self):
         boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [50, 50, 60, 59]])
         scores = torch.tensor([0.9, 0.8, 0.3, 0.2])

@@ -59,15 +59,21 @@ def sample_hard_nms(
     kept = torch.zeros_like(candidates)
     ranked = candidates.nonzero().squeeze(-1)
     ranked = ranked[losses[ranked].argsort(descending=True, stable=True)]
-    # Whether a box survives depends on harder ones alone, so NMS looks at no more of the ranking
-    # than it takes: its time and memory grow with the square.
-    num_seen = 4 * num_samples
+    survivors = _first_survivors(boxes[ranked], losses[ranked], num_samples, nms_thresh)
+    kept[ranked[survivors[:num_samples]]] = True
+    return kept
+
+
+def _first_survivors(boxes: Tensor, scores: Tensor, number: int, nms_thresh: float) -> Tensor:
+    """Of boxes by descending score, the first that survive NMS: ``number`` or more, or all."""
+    boxes, scores = boxes.float(), scores.float()
+    # Whether a box survives depends on those before it alone, so NMS looks at no more of them than
+    # it takes: its time and memory grow with the square.
+    num_seen = 4 * number
     while True:
-        seen = ranked[:num_seen]
-        survivors = seen[nms(boxes[seen].float(), losses[seen].float(), nms_thresh)]
-        if len(survivors) >= num_samples or num_seen >= len(ranked):
-            kept[survivors[:num_samples]] = True
-            return kept
+        survivors = nms(boxes[:num_seen], scores[:num_seen], nms_thresh)
+        if len(survivors) >= number or num_seen >= len(boxes):
+            return survivors
         num_seen *= 2
 
 
@@ -113,32 +119,37 @@ def sample_score_hlr_negatives(
     wanted = check(candidates, num_samples, scores=scores, boxes=boxes[..., 0])
     wanted = torch.as_tensor(wanted, device=candidates.device).reshape(())
     valid = candidates & (scores > score_thresh)
+    num_valid, num_wanted = torch.stack([valid.sum(), wanted.long()]).tolist()  # one transfer
     # Ranks among the valid alone, often few of many: all others make up a class of their own.
-    index = valid.nonzero()[:, 0]
+    index = scores.masked_fill(~valid, -math.inf).argsort(descending=True, stable=True)[:num_valid]
     clusters = torch.zeros_like(scores, dtype=torch.int64)
-    clusters[index] = _nms_clusters(boxes[index], scores[index], nms_thresh)
+    clusters[index] = _nms_clusters(boxes[index], scores[index], num_wanted, nms_thresh)
     ranks = hierarchical_local_rank(scores, clusters, (~valid).long())
-    num_valid, num_kept = valid.sum(), torch.minimum(candidates.sum(), wanted)
-    by_rank = valid & (ranks < wanted)
-    num_random = (wanted - num_valid).clamp(min=0)
+    by_rank = valid & (ranks < num_wanted)
+    num_random = max(num_wanted - num_valid, 0)
     at_random = sample_random(candidates & ~valid, num_random, generator=generator)
 
     # Those drawn at random weigh as much as the last that was ranked.
-    last = (torch.minimum(num_valid, wanted) - 1).clamp(min=0)
-    num_ranked = torch.maximum(num_kept, num_valid).clamp(min=1)
+    last = max(min(num_valid, num_wanted) - 1, 0)
+    num_ranked = candidates.sum().clamp(max=num_wanted).clamp(min=max(num_valid, 1))
     weights = importance_weights(torch.where(by_rank, ranks, last), num_ranked, k=k, bias=bias)
     kept = by_rank | at_random
     return kept, weights.masked_fill(~kept, 0.0)
 
 
-def _nms_clusters(boxes: Tensor, scores: Tensor, nms_thresh: float) -> Tensor:
-    """The number of the box, among those that survive NMS, that each box belongs to: (N,) int64."""
-    boxes, scores = boxes.float(), scores.float()
+def _nms_clusters(boxes: Tensor, scores: Tensor, num_wanted: int, nms_thresh: float) -> Tensor:
+    """The cluster of each box, by descending score, as far as the first ``num_wanted`` ranks need.
+
+    Returns:
+        Where among the boxes that survive NMS the one is that it belongs to, (N,) int64.
+    """
     # NMS suppresses what overlaps by more than its threshold; here, by as much too.
     just_below = torch.tensor(nms_thresh).nextafter(torch.tensor(-1.0)).item()
-    leaders = nms(boxes, scores, just_below)  # by descending score
+    leaders = _first_survivors(boxes, scores, num_wanted, just_below)
     clusters = torch.zeros_like(scores, dtype=torch.int64)
-    if len(leaders) > 0:
+    # With enough leaders, who rank before all others, whoever else may follow any of them.
+    if 0 < len(leaders) < num_wanted:
+        boxes = boxes.float()
         clusters = (box_iou(boxes, boxes[leaders]) > just_below).long().argmax(dim=1)
     clusters[leaders] = torch.arange(len(leaders), device=clusters.device)
     return clusters
