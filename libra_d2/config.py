@@ -249,6 +249,8 @@ def _add_speed(cfg: CfgNode) -> None:
     cfg.INPUT.RESIZE = "pil"
     # Whether images wait in memory that a GPU copies from at once.
     cfg.DATALOADER.PIN_MEMORY = False
+    # A folder in which images are kept at their size, for the next epoch and other runs; "": none.
+    cfg.DATALOADER.CACHE = ""
 
 
 def choose(key: str, cfg: CfgNode, choices: Mapping[str, T] | Iterable[str]) -> T | str:

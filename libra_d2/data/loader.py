@@ -22,6 +22,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .cache import use_cache
 from .resize import use_resize
 from .workers import (
     LoadingError,
@@ -218,13 +219,13 @@ def train_loader_of(parts: dict[str, Any], cfg: CfgNode) -> TrainLoader:
     Args:
         parts: ``dataset`` (a list of records), ``mapper``, ``total_batch_size``, and whichever else
             there are of ``TRAIN_PARTS``.
-        cfg: a run's config, for ``SEED``, ``INPUT.RESIZE``, ``DATALOADER.MAX_BAD_IMAGES`` and
-            ``DATALOADER.PIN_MEMORY``.
+        cfg: a run's config, for ``SEED``, ``INPUT.RESIZE``, ``DATALOADER.CACHE``,
+            ``DATALOADER.MAX_BAD_IMAGES`` and ``DATALOADER.PIN_MEMORY``.
     """
     records = parts["dataset"]
     return TrainLoader(
         records,
-        use_resize(parts["mapper"], cfg),
+        _prepare(parts["mapper"], cfg, records),
         parts.get("sampler") or TrainingSampler(len(records)),
         parts["total_batch_size"] // comm.get_world_size(),
         group_by_aspect=parts.get("aspect_ratio_grouping", True),
@@ -254,9 +255,15 @@ def test_loader_of(parts: dict[str, Any], cfg: CfgNode) -> TestLoader:
 
     Args:
         parts: they.
-        cfg: a run's config, for ``INPUT.RESIZE``.
+        cfg: a run's config, for ``INPUT.RESIZE`` and ``DATALOADER.CACHE``.
     """
-    reader = Reader(use_resize(parts["mapper"], cfg))
+    reader = Reader(_prepare(parts["mapper"], cfg, parts["dataset"]))
     loader = build_detection_test_loader(**{**parts, "mapper": reader})
     loader.worker_init_fn = obey_the_parent_alone
     return TestLoader(loader)
+
+
+def _prepare(
+    mapper: Callable[[dict], Any], cfg: CfgNode, records: Sequence[dict]
+) -> Callable[[dict], Any]:
+    return use_cache(use_resize(mapper, cfg), cfg, records)

@@ -31,7 +31,8 @@ class TorchResize(ResizeTransform):
         if not is_known or method != Image.BILINEAR:
             return super().apply_image(img, interp)
         assert img.shape[:2] == (self.h, self.w)
-        image = torch.from_numpy(np.ascontiguousarray(img)).permute(2, 0, 1)[None]
+        img = np.require(img, requirements=["C", "W"])  # torch takes no others
+        image = torch.from_numpy(img).permute(2, 0, 1)[None]
         size = self.new_h, self.new_w
         resized = F.interpolate(image, size, mode="bilinear", antialias=True)
         return resized[0].permute(1, 2, 0).numpy()

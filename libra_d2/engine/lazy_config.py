@@ -73,6 +73,7 @@ _PLACES = {
     "DATALOADER.MAX_BAD_IMAGES": "dataloader.max_bad_images",
     "DATALOADER.NUM_WORKERS": "dataloader.train.num_workers",
     "DATALOADER.PIN_MEMORY": "dataloader.pin_memory",
+    "DATALOADER.CACHE": "dataloader.cache",
     "INPUT.RESIZE": "dataloader.resize",
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": "dataloader.train.dataset.filter_empty",
     "INPUT.FORMAT": "dataloader.train.mapper.image_format",
@@ -110,6 +111,7 @@ _DEFAULTS = {
         "allow_outside": False,
         "max_bad_images": 0,
         "pin_memory": False,
+        "cache": "",
         "resize": "pil",
     },
 }
