@@ -10,8 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-from detectron2.layers import ROIAlign
-from detectron2.modeling import build_model
 from runs import RETINANET, at_iteration, model_of, same_weights, send
 from toys import CONFIGS, SMALL, small_config
 
@@ -19,13 +17,13 @@ from libra_d2.config import get_key, list_keys
 from libra_d2.engine import LibraTrainer
 from libra_d2.engine.lazy_config import load_lazy_config
 from libra_d2.engine.speed import amp_dtype, fuse, settle_speed
-from libra_d2.modeling.roi_align import ParallelROIAlign
 
 FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True, "SOLVER.FUSED", True)
 # What SOLVER.FAST sets on machines of 16 cores.
 ON_ANY = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch"}
 HALF = {**ON_ANY, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
-ON_CPU = {"SOLVER.KEEP_MEMORY": True, "DATALOADER.NUM_WORKERS": 2}
+ON_CPU = {"MODEL.ROI_ALIGN": "sparse", "SOLVER.KEEP_MEMORY": True}
+ON_CPU["DATALOADER.NUM_WORKERS"] = 2
 ON_TWO_GPUS = {**HALF, "FLOAT32_PRECISION": "high", "DATALOADER.PIN_MEMORY": True}
 ON_TWO_GPUS["DATALOADER.NUM_WORKERS"] = 7
 BASELINE = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
@@ -59,19 +57,6 @@ class TestAmp:
         cfg.defrost()
         cfg.MODEL.DEVICE = "cuda"
         assert amp_dtype(cfg) == torch.float16
-
-    def test_boxes_are_not_rounded_like_features(self):
-        """A box at 1,000 pixels, which bfloat16 would move by two."""
-        features = torch.arange(1100.0).expand(1, 1, 1100, 1100).contiguous() % 7
-        boxes = torch.tensor([[0.0, 1001.5, 1001.5, 1017.5, 1017.5]])
-        parent, exact = ROIAlign(2, 1.0, 1), ParallelROIAlign(2, 1.0, 1)
-        expected = parent(features, boxes)
-        pooled = exact(features.bfloat16(), boxes)
-        assert pooled.dtype == torch.bfloat16
-        torch.testing.assert_close(pooled.float(), expected, atol=0.02, rtol=0)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = parent(features.bfloat16(), boxes)
-        assert (rounded.float() - expected).abs().max() > 0.3
 
     @pytest.mark.parametrize("config", [BASELINE, RETINANET])
     def test_it_computes_in_bfloat16(self, run, out, monkeypatch, config):
@@ -214,40 +199,3 @@ def test_kept_memory_is_not_cleared_again(call, is_quick):
     code = PAGES_OF_LAST_ALLOCATION.format(call=call)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True)
     assert (int(done.stdout) < 16) == is_quick
-
-
-class TestRoiAlign:
-    """All of a CPU's threads pool what one would, to the bit."""
-
-    @pytest.fixture(autouse=True)
-    def threads(self):
-        before = torch.get_num_threads()
-        torch.set_num_threads(3)
-        yield
-        torch.set_num_threads(before)
-
-    @pytest.mark.parametrize("num_boxes", [0, 1, 2, 50])
-    @pytest.mark.parametrize("channels", [1, 2, 16])
-    def test_forward_and_gradient(self, num_boxes, channels):
-        generator = torch.Generator().manual_seed(0)
-        features = torch.randn(2, channels, 20, 30, generator=generator)
-        corner = torch.rand(num_boxes, 2, generator=generator) * 60
-        extent = torch.rand(num_boxes, 2, generator=generator) * 40
-        index = torch.arange(num_boxes)[:, None] % 2
-        rois = torch.cat([index, corner, corner + extent], dim=1)
-        outcomes = []
-        for pooler in (ROIAlign(7, 0.25, 0), ParallelROIAlign(7, 0.25, 0)):
-            own = features.clone().requires_grad_()
-            pooled = pooler(own, rois)
-            pooled.backward(pooled.detach() + 1)
-            outcomes.append((pooled, own.grad))
-        for got, expected in zip(*outcomes, strict=True):
-            assert torch.equal(got, expected)
-        with torch.no_grad():
-            assert torch.equal(pooler(features, rois), pooled)
-
-    def test_a_trainer_uses_it_with_the_poolers_options(self):
-        pooler = build().roi_heads.box_pooler.level_poolers[1]
-        assert type(pooler) is ParallelROIAlign
-        plain = build_model(small_config(BASELINE, *SMALL)).roi_heads.box_pooler.level_poolers[1]
-        assert repr(pooler).partition("(")[2] == repr(plain).partition("(")[2]

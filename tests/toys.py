@@ -81,10 +81,10 @@ def small_retinanet(*opts):
     return toy_config(RETINANET, *SMALL_RETINANET, *opts)
 
 
-def train_step(cfg, inputs=None):
+def train_step(cfg, inputs=None, build=build_model):
     """Losses, gradients and logged numbers of one step from a fixed seed, and the model."""
     torch.manual_seed(0)
-    model = build_model(cfg).train()
+    model = build(cfg).train()
     torch.manual_seed(1)
     with EventStorage() as storage:
         losses = model(make_inputs() if inputs is None else inputs)

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "samplers": samplers.benchmark_samplers,
     "bfp": parts.benchmark_bfp,
     "matching": parts.benchmark_matching,
+    "pooling": parts.benchmark_pooling,
     "reweighting": parts.benchmark_reweighting,
     "iteration": models.benchmark_iteration,
     "retinanet": models.benchmark_retinanet,

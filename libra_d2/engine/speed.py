@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from libra_d2.config import choose, set_key
-from libra_d2.modeling.roi_align import use_parallel_roi_align
+from libra_d2.modeling.roi_align import use_roi_align
 
 __all__ = ["amp_dtype", "fuse", "keep_memory", "prepare_model", "settle_speed"]
 
@@ -26,8 +26,8 @@ def settle_speed(cfg: CfgNode) -> None:
     On a GPU: mixed precision, in bfloat16 where it has it, TF32, channels last, a fused optimizer;
     images are resized by torch, pinned, and loaded by as many workers as there are cores for it.
     On a CPU the same without TF32 and pinned memory; without mixed precision where it has no
-    instructions for bfloat16, which is slow then; and memory is kept, which a GPU's allocator does
-    anyway. Few workers load for it, as its cores are at work.
+    instructions for bfloat16, which is slow then; ROIAlign is sparse; and memory is kept, which a
+    GPU's allocator does anyway. Few workers load for it, as its cores are at work.
     """
     if not cfg.SOLVER.FAST:
         return
@@ -35,6 +35,8 @@ def settle_speed(cfg: CfgNode) -> None:
     chosen = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch"}
     if cfg.DATALOADER.NUM_WORKERS == _DETECTRON2S_WORKERS:  # nobody has chosen another number
         chosen["DATALOADER.NUM_WORKERS"] = _num_workers(on_cpu)
+    if on_cpu:
+        chosen["MODEL.ROI_ALIGN"] = "sparse"
     if on_cpu and _has_glibc():
         chosen["SOLVER.KEEP_MEMORY"] = True
     if on_cpu and cpu_has_bfloat16():
@@ -112,5 +114,5 @@ def prepare_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Gives a model the memory format that a config asks for, and fast poolers, in place."""
     if cfg.MODEL.CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
-    use_parallel_roi_align(model)
+    use_roi_align(model, cfg)
     return model

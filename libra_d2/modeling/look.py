@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
-from .roi_align import ParallelROIAlign, spread_gradient, use_parallel_roi_align
+from .roi_align import ParallelROIAlign, use_roi_align
 
 __all__ = ["Look", "LookPooler", "can_look"]
 
@@ -93,7 +93,7 @@ class LookPooler(ROIPooler):
         """One of its settings and parts, or another kind of pooler as it is."""
         if type(pooler) is not ROIPooler:
             return pooler
-        use_parallel_roi_align(pooler)
+        use_roi_align(pooler)
         if not all(isinstance(level, ParallelROIAlign) for level in pooler.level_poolers):
             return pooler
         taken = cls.__new__(cls)
@@ -169,8 +169,7 @@ class _Pool(torch.autograd.Function):
         spread = []
         for i, (pooler, shape) in enumerate(zip(ctx.poolers, ctx.shapes, strict=True)):
             own = (levels == i).nonzero().squeeze(1)
-            of_level = gradient[own].to(dtype), rois[own].to(dtype)
-            spread.append(spread_gradient(*of_level, shape, pooler))
+            spread.append(pooler.spread(gradient[own].to(dtype), rois[own].to(dtype), shape))
         return None, None, None, None, *spread
 
 

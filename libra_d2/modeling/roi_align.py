@@ -1,14 +1,20 @@
 """ROIAlign: detectron2's numbers, faster on CPUs and right in half precision."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-__all__ = ["ParallelROIAlign", "spread_gradient", "use_parallel_roi_align"]
+from libra_d2.config import choose
+
+__all__ = ["ParallelROIAlign", "SparseROIAlign", "use_roi_align"]
 
 
 class ParallelROIAlign(ROIAlign):
@@ -20,79 +26,201 @@ class ParallelROIAlign(ROIAlign):
       1,000 pixels would move by up to four. Here boxes, and what is computed of them, are float32.
     """
 
+    layout = torch.contiguous_format  # of another torchvision would make a copy, in each thread
+
     @classmethod
-    def like(cls, pooler: ROIAlign) -> "ParallelROIAlign":
+    def like(cls, pooler: ROIAlign) -> Self:
         """One of the same settings."""
         return cls(pooler.output_size, pooler.spatial_scale, pooler.sampling_ratio, pooler.aligned)
 
     def forward(self, features: Tensor, rois: Tensor) -> Tensor:
         """Pools features (N, C, H, W) of any float dtype; boxes (R, 5), float32: (R, C, h, w)."""
-        dtype, layout = torch.promote_types(features.dtype, torch.float32), torch.contiguous_format
-        # Of another layout torchvision would make a copy, for each of the threads.
-        inputs = features.to(dtype, memory_format=layout), rois.to(dtype)
-        in_one = torch.get_num_threads() == 1 or torch.jit.is_tracing()
-        if features.device.type != "cpu" or in_one or torch.compiler.is_compiling():
-            pooled = super().forward(*inputs)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        rois = rois.to(dtype)
+        in_graph = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if features.device.type != "cpu" or in_graph or len(rois) == 0:
+            pooled = super().forward(features.to(dtype), rois)
         else:
-            pooled = _ShareWork.apply(*inputs, self)
+            pooled = _Pool.apply(features.to(dtype, memory_format=self.layout), rois, self)
         return pooled.to(features.dtype)
 
+    def pool(self, features: Tensor, rois: Tensor) -> Tensor:
+        """The forward on a CPU, of one dtype: each thread has some boxes."""
+        pool = partial(super().forward, features)
+        return torch.cat(_in_threads(pool, rois.chunk(torch.get_num_threads())))
 
-def use_parallel_roi_align(model: nn.Module) -> None:
-    """Replaces detectron2's own ROIAlign wherever a model has it; others stay."""
+    def spread(self, gradient: Tensor, rois: Tensor, shape: Sequence[int]) -> Tensor:
+        """The features' gradient (N, C, H, W), which is their shape, of that of what was pooled.
+
+        On a CPU each thread has some channels, so that none adds to what another does.
+
+        Args:
+            gradient: (R, C, h, w), float.
+            rois: what they were pooled from, (R, 5), of its dtype.
+            shape: of the features.
+        """
+        num_images, _, *size = shape
+
+        def spread(own: Tensor) -> Tensor:
+            return torch.ops.torchvision._roi_align_backward(
+                *(own, rois, self.spatial_scale, *own.shape[2:], num_images, own.shape[1], *size),
+                *(self.sampling_ratio, self.aligned),
+            )
+
+        num_parts = torch.get_num_threads() if gradient.device.type == "cpu" else 1
+        if num_parts == 1:
+            return spread(gradient)
+        return torch.cat(_in_threads(spread, gradient.chunk(num_parts, dim=1)), dim=1)
+
+
+class SparseROIAlign(ParallelROIAlign):
+    """The same numbers up to rounding, on a CPU several times as fast.
+
+    What is pooled is a product: of a sparse matrix, with a row for each bin of each box that holds
+    the weights of bilinear interpolation, and the features, with a row for each position. The
+    features' gradient is the transposed matrix times what was pooled's.
+    """
+
+    layout = torch.channels_last  # a row is in one piece
+
+    def pool(self, features: Tensor, rois: Tensor) -> Tensor:
+        """As the parent's."""
+        matrix = self._matrix(rois, features.shape)
+        num_channels = features.shape[1]
+        rows = features.permute(0, 2, 3, 1).reshape(-1, num_channels)
+        starts = matrix.sizes.cumsum(0, dtype=torch.int32) - matrix.sizes
+        pooled = _multiply(matrix.positions, matrix.weights, starts, rows)
+        pooled = pooled.view(-1, *self._size, num_channels)
+        return torch.empty_like(pooled).index_copy_(0, matrix.boxes, pooled).permute(0, 3, 1, 2)
+
+    def spread(self, gradient: Tensor, rois: Tensor, shape: Sequence[int]) -> Tensor:
+        """As the parent's."""
+        if gradient.device.type != "cpu" or len(rois) == 0:
+            return super().spread(gradient, rois, shape)
+        matrix = self._matrix(rois, shape)
+        num_images, num_channels, *size = shape
+        rows = gradient.permute(0, 2, 3, 1)[matrix.boxes].reshape(-1, num_channels)
+        positions, order = matrix.positions.sort(stable=True)
+        bins = torch.repeat_interleave(matrix.sizes)[order].to(torch.int32)
+        sizes = torch.bincount(positions, minlength=num_images * size[0] * size[1])
+        starts = (sizes.cumsum(0) - sizes).to(torch.int32)
+        spread = _multiply(bins, matrix.weights[order], starts, rows)
+        return spread.view(num_images, *size, num_channels).permute(0, 3, 1, 2)
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return nn.modules.utils._pair(self.output_size)
+
+    def _matrix(self, rois: Tensor, shape: Sequence[int]) -> "_Matrix":
+        size = shape[2:]
+        offset = 0.5 if self.aligned else 0.0
+        starts, ends = (rois[:, 1:] * self.spatial_scale - offset).split(2, dim=1)
+        extents = ends - starts if self.aligned else (ends - starts).clamp(min=1)
+        bins = extents / extents.new_tensor(self._size[::-1])
+        if self.sampling_ratio > 0:
+            grids = torch.full_like(bins, self.sampling_ratio, dtype=torch.int64)
+        else:
+            grids = bins.ceil().clamp(min=0).long()  # points of a bin, along x and y
+        # Boxes of one grid make a block without gaps.
+        kinds, kind = grids.unique(dim=0, return_inverse=True)
+        boxes = kind.argsort(stable=True)
+        blocks = boxes.split(kind.bincount(minlength=len(kinds)).tolist())
+        positions, weights, sizes = [], [], []
+        for own, grid in zip(blocks, kinds.tolist(), strict=True):
+            (x, of_x), (y, of_y) = (
+                _interpolate(starts[own, i], bins[own, i], self._size[1 - i], grid[i], size[1 - i])
+                for i in (0, 1)
+            )
+            image = rois[own, 0].to(torch.int32)[:, None, None]
+            y = (image * size[0] + y) * size[1]
+            positions.append((y[:, :, None, :, None] + x[:, None, :, None, :]).flatten())
+            of_both = of_y[:, :, None, :, None] * of_x[:, None, :, None, :]
+            weights.append(of_both.flatten() / max(grid[0] * grid[1], 1))
+            num_bins = len(own) * self._size[0] * self._size[1]
+            sizes.append(torch.full((num_bins,), 4 * grid[0] * grid[1], dtype=torch.int32))
+        return _Matrix(*map(torch.cat, (positions, weights, sizes)), boxes)
+
+
+class _Matrix(NamedTuple):
+    """A sparse matrix: of its entries, bin by bin, the columns and values."""
+
+    positions: Tensor  # among all images' features, int32
+    weights: Tensor
+    sizes: Tensor  # number of entries of each bin, int32
+    boxes: Tensor  # whose bins these are: an order of all boxes, int64
+
+
+def _interpolate(
+    start: Tensor, bin_size: Tensor, num_bins: int, num_points: int, extent: int
+) -> tuple[Tensor, Tensor]:
+    """Neighbours of the points of each bin along one axis, and the weights of these.
+
+    Args:
+        start: where each box starts, (R,), in the features' pixels.
+        bin_size: extent of its bins, (R,).
+        num_bins: of a box.
+        num_points: of a bin.
+        extent: of the features.
+
+    Returns:
+        Both (R, num_bins, 2 num_points); int32, and of the boxes' dtype.
+    """
+    place = torch.arange(num_bins, dtype=start.dtype)[:, None]
+    inside = torch.arange(num_points, dtype=start.dtype) + 0.5
+    start, bin_size = start[:, None, None], bin_size[:, None, None]
+    point = start + place * bin_size + inside * bin_size / num_points
+    # What is more than a pixel outside is 0; nearer points are moved to the border.
+    counts = (point >= -1) & (point <= extent)
+    point = point.clamp(min=0, max=extent - 1)
+    lower = point.floor()
+    upper = (lower + 1).clamp(max=extent - 1)
+    part = point - lower
+    neighbours = torch.stack([lower, upper], dim=-1).flatten(2).to(torch.int32)
+    return neighbours, torch.stack([(1 - part) * counts, part * counts], dim=-1).flatten(2)
+
+
+def _multiply(columns: Tensor, values: Tensor, starts: Tensor, rows: Tensor) -> Tensor:
+    """The product of a sparse matrix, whose rows start there among its entries, with ``rows``."""
+    return F.embedding_bag(columns, rows, starts, mode="sum", per_sample_weights=values)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, rois: Tensor, pooler: ParallelROIAlign) -> Tensor:
+        ctx.save_for_backward(rois)
+        ctx.shape, ctx.pooler = features.shape, pooler
+        return pooler.pool(features.detach(), rois)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.pooler.spread(gradient, *ctx.saved_tensors, ctx.shape), None, None
+
+
+def _in_threads(function: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+    if len(parts) == 1:
+        return [function(parts[0])]
+    with ThreadPoolExecutor(len(parts) - 1) as threads:
+        others = [threads.submit(function, part) for part in parts[1:]]
+        return [function(parts[0]), *(other.result() for other in others)]
+
+
+_KINDS = {"torchvision": ParallelROIAlign, "sparse": SparseROIAlign}
+
+
+def use_roi_align(model: nn.Module, cfg: CfgNode | None = None) -> None:
+    """Replaces detectron2's own ROIAlign wherever a model has it; others stay.
+
+    Args:
+        model: it.
+        cfg: whose ``MODEL.ROI_ALIGN`` says by what; without, by :class:`ParallelROIAlign`.
+    """
+    kind = ParallelROIAlign if cfg is None else choose("MODEL.ROI_ALIGN", cfg, _KINDS)
     poolers = [
         (owner, name, child)
         for owner in model.modules()
         for name, child in owner.named_children()
-        if type(child) is ROIAlign
+        if type(child) in (ROIAlign, ParallelROIAlign)
     ]
     for owner, name, pooler in poolers:
-        setattr(owner, name, ParallelROIAlign.like(pooler))
-
-
-class _ShareWork(torch.autograd.Function):
-    """Forward each thread has some boxes, backward some channels: neither adds anything up."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, rois: Tensor, pooler: ROIAlign) -> Tensor:
-        ctx.save_for_backward(rois)
-        ctx.shape, ctx.pooler = features.shape, pooler
-
-        def pool(own: Tensor) -> Tensor:
-            return super(ParallelROIAlign, pooler).forward(features, own)
-
-        return torch.cat(_in_threads(pool, rois.chunk(torch.get_num_threads())))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return spread_gradient(gradient, *ctx.saved_tensors, ctx.shape, ctx.pooler), None, None
-
-
-def spread_gradient(
-    gradient: Tensor, rois: Tensor, shape: Sequence[int], pooler: ROIAlign
-) -> Tensor:
-    """The features' gradient (N, C, H, W), which is their shape, of that of what was pooled.
-
-    Args:
-        gradient: (R, C, h, w), float.
-        rois: what they were pooled from, (R, 5), of its dtype.
-        shape: of the features.
-        pooler: what pooled them.
-    """
-    num_images, _, *size = shape
-
-    def spread(own: Tensor) -> Tensor:
-        return torch.ops.torchvision._roi_align_backward(
-            *(own, rois, pooler.spatial_scale, *own.shape[2:], num_images, own.shape[1], *size),
-            *(pooler.sampling_ratio, pooler.aligned),
-        )
-
-    num_parts = torch.get_num_threads() if gradient.device.type == "cpu" else 1
-    if num_parts == 1:
-        return spread(gradient)
-    return torch.cat(_in_threads(spread, gradient.chunk(num_parts, dim=1)), dim=1)
-
-
-def _in_threads(function: Any, parts: tuple[Tensor, ...]) -> list[Tensor]:
-    with ThreadPoolExecutor(len(parts)) as threads:
-        return list(threads.map(function, parts))
+        setattr(owner, name, kind.like(pooler))

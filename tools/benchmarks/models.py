@@ -120,13 +120,16 @@ def benchmark_retinanet(repeats: int) -> None:
 def benchmark_speed(repeats: int) -> None:
     config, amp = "Base-Libra-RCNN-FPN.yaml", ("SOLVER.AMP.ENABLED", "True")
     bfloat16 = (*amp, "SOLVER.AMP.DTYPE", "bfloat16")
-    channels_last = ("MODEL.CHANNELS_LAST", "True")
+    channels_last, sparse = ("MODEL.CHANNELS_LAST", "True"), ("MODEL.ROI_ALIGN", "sparse")
     models = {
         "Libra Faster R-CNN": (config,),
         "MODEL.CHANNELS_LAST": (config, channels_last),
         "SOLVER.AMP, bfloat16": (config, bfloat16),
         "both": (config, (*bfloat16, *channels_last)),
     }
+    if DEVICE == "cpu":
+        models["MODEL.ROI_ALIGN sparse"] = (config, sparse)
+        models["all three"] = (config, (*bfloat16, *channels_last, *sparse))
     if DEVICE == "cuda":
         models["SOLVER.AMP, float16"] = (config, amp)
         models["both, float16"] = (config, (*amp, *channels_last))

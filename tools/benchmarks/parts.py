@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling import build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
@@ -16,8 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 from libra_d2.engine import load_config
 from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
 from libra_d2.modeling import LibraFastRCNNOutputLayers, MutualGuidanceMatcher
+from libra_d2.modeling.roi_align import ParallelROIAlign, SparseROIAlign
 
 from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
+
+_STRIDES = (4, 8, 16)  # of the levels that most boxes are pooled from
 
 # ---- balanced feature pyramid
 
@@ -170,3 +173,50 @@ def benchmark_reweighting(repeats: int) -> None:
         [(name, 1000 * value, 1000 * (value - plain)) for name, value in seconds.items()],
         ("losses", "ms", "more than plain, ms"),
     )
+
+
+# ---- pooling
+
+
+def make_pooling(
+    kind: type[ROIAlign], stride: int, layout: torch.memory_format
+) -> dict[str, Callable]:
+    """Forward and backward of 200 boxes, as large as a level's are, of one of 800x1216 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 256, 800 // stride, 1216 // stride, generator=generator)
+    features = features.to(DEVICE, memory_format=layout).requires_grad_()
+    extents = (0.5 + 0.5 * torch.rand(200, 2, generator=generator)) * 28 * stride
+    corners = torch.rand(200, 2, generator=generator) * torch.tensor([1216, 800]) * 0.6
+    boxes = torch.cat([torch.zeros(200, 1), corners, corners + extents], dim=1).to(DEVICE)
+    pooler = kind(7, 1 / stride, 0)
+    pooled = pooler(features, boxes)
+    gradient = torch.randn_like(pooled)
+    return {
+        "forward": lambda: pooler(features, boxes),
+        "backward": lambda: torch.autograd.grad(pooled, features, gradient, retain_graph=True),
+    }
+
+
+def benchmark_pooling(repeats: int) -> None:
+    kinds = {
+        "detectron2": (ROIAlign, torch.contiguous_format),
+        "all threads": (ParallelROIAlign, torch.contiguous_format),
+        "sparse": (SparseROIAlign, torch.contiguous_format),
+        "sparse, channels last": (SparseROIAlign, torch.channels_last),
+    }
+    poolings = {
+        (name, stride): make_pooling(kind, stride, layout)
+        for name, (kind, layout) in kinds.items()
+        for stride in _STRIDES
+    }
+    seconds = {
+        part: measure({key: ways[part] for key, ways in poolings.items()}, repeats)
+        for part in ("forward", "backward")
+    }
+    rows = [
+        (name, *(1000 * seconds[part][name, stride] for stride in _STRIDES for part in seconds))
+        for name in kinds
+    ]
+    headers = (f"stride {stride}, {part}" for stride in _STRIDES for part in seconds)
+    title = f"ROIAlign of 200 boxes, 256 channels, 800x1216 pixels, ms ({DEVICE})"
+    show(title, rows, ("way", *headers))
