@@ -134,6 +134,14 @@ def test_shipped_plans_are_valid(plan, data, tmp_path):
     assert {run.hashes["code"] for run in runs} == {plans.hash_code()}
 
 
+def test_where_images_are_kept_makes_no_other_result(data, tmp_path):
+    plan = read_plan(str(PLANS[0]))
+    plan.data, plan.seeds = Data(train=data, test=data), [1]
+    before = [run.hashes for run in list_runs(plan, tmp_path)]
+    plan.opts = [*plan.opts, "DATALOADER.CACHE", str(tmp_path / "kept")]
+    assert [run.hashes for run in list_runs(plan, tmp_path)] == before
+
+
 def test_folds_hold_each_image_out_once(data, tmp_path):
     plan = read_plan(str(PLANS[0]))
     plan.data, plan.seeds = Data(all=data, folds=4), [1, 2, 3, 4]

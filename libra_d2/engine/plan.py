@@ -143,6 +143,7 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
             content = cfg.clone()
             content.defrost()
             content.OUTPUT_DIR, content.SEED = "", 0
+            content.DATALOADER.CACHE = ""  # which changes nothing
             content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
             hashes = {"code": code, "config": _hash(content.dump()), "data": data[train, test]}
             command = ("--config-file", config, "--train", train, "--val", test)
