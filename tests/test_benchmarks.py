@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("detectron2")
 
@@ -12,7 +13,7 @@ from toys import CONFIGS
 
 sys.path.insert(0, str(CONFIGS.parent / "tools"))
 
-from benchmarks import gpu, limits, measuring
+from benchmarks import gpu, limits, loading, measuring
 from benchmarks.samplers import make_matches, make_mmdetections, sample_both, sample_by_the_book
 
 # An operation a second, a hundred bytes a second, a hundredth of a second a call.
@@ -84,3 +85,13 @@ def test_samplers_that_are_compared_run(num_positives):
 def test_mmdetections_sampler_runs():
     pytest.importorskip("mmdet")
     make_mmdetections(*make_matches(1, 400))()
+
+
+def test_images_that_are_kept_are_not_read(tmp_path, monkeypatch):
+    Image.fromarray(loading._make_image(60, 80)).save(tmp_path / "image.jpg")
+    ways = loading._ways_to_load(str(tmp_path / "image.jpg"), (60, 80))
+    loaded = [way() for way in ways.values()]
+    monkeypatch.setattr("libra_d2.data.cache.read_image", None)
+    (kept,) = (way for name, way in ways.items() if "CACHE" in name)
+    (torchs,) = (x for x, name in zip(loaded, ways, strict=True) if name.endswith("torch"))
+    assert kept()["image"].shape == torchs["image"].shape

@@ -3,7 +3,6 @@
 import errno
 import os
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,14 @@ pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.data.transforms import RandomFlip, RandomRotation, ResizeShortestEdge
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.transforms import (
+    Augmentation,
+    NoOpTransform,
+    RandomFlip,
+    RandomRotation,
+    ResizeShortestEdge,
+)
 from detectron2.structures import BoxMode
 from formats import make_coco
 from PIL import Image
@@ -87,8 +93,6 @@ def assert_equal(one, other):
 
 def draw(mapper, record, seed):
     np.random.seed(seed)
-    if isinstance(mapper, CachingMapper):
-        mapper.prepare([record])
     return mapper(record), np.random.rand()
 
 
@@ -96,7 +100,7 @@ def draw(mapper, record, seed):
 @pytest.mark.parametrize("resize", [ResizeShortestEdge, TorchResizeShortestEdge])
 def test_it_gives_the_same_to_the_bit(record, tmp_path, resize, image_format):
     mapper = make_mapper(resize, image_format)
-    caching = CachingMapper(mapper, tmp_path / "kept")
+    caching = CachingMapper(mapper, tmp_path / "kept", [record])
     for seed in range(12):
         expected, next_number = draw(mapper, record, seed)
         for _ in range(2):
@@ -117,7 +121,7 @@ def test_each_size_is_read_once(record, tmp_path, monkeypatch):
     original = cache.read_image
     monkeypatch.setattr(cache, "read_image", read_image)
     for _ in range(2):  # another run's too
-        caching = CachingMapper(make_mapper(), tmp_path / "kept")
+        caching = CachingMapper(make_mapper(), tmp_path / "kept", [record])
         for seed in range(20):
             draw(caching, record, seed)
     assert len(num_reads) == 3
@@ -126,7 +130,7 @@ def test_each_size_is_read_once(record, tmp_path, monkeypatch):
 def test_for_evaluation(record, tmp_path):
     mapper = make_mapper(is_train=False, others=[])
     for _ in range(2):
-        got = draw(CachingMapper(mapper, tmp_path / "kept"), record, 0)[0]
+        got = draw(CachingMapper(mapper, tmp_path / "kept", [record]), record, 0)[0]
         assert_equal(got, draw(mapper, record, 0)[0])
         assert (got["height"], got["width"]) == (HEIGHT, WIDTH)
 
@@ -134,7 +138,7 @@ def test_for_evaluation(record, tmp_path):
 @pytest.mark.parametrize("happens", ["another image", "a file without its end", "an empty file"])
 def test_what_changes_is_read_anew(record, tmp_path, happens):
     mapper = make_mapper()
-    caching = CachingMapper(mapper, tmp_path / "kept")
+    caching = CachingMapper(mapper, tmp_path / "kept", [record])
     draw(caching, record, 0)
     if happens == "another image":
         Image.new("RGB", (WIDTH, HEIGHT), "red").save(record["file_name"])
@@ -147,20 +151,23 @@ def test_what_changes_is_read_anew(record, tmp_path, happens):
 def test_kinds_of_resizing_and_formats_are_kept_apart(record, tmp_path):
     for resize in (ResizeShortestEdge, TorchResizeShortestEdge):
         for image_format in ("BGR", "RGB", "L"):
-            draw(CachingMapper(make_mapper(resize, image_format), tmp_path / "kept"), record, 0)
-    assert len(list((tmp_path / "kept").iterdir())) == 4  # BGR and RGB are one
+            draw(
+                CachingMapper(make_mapper(resize, image_format), tmp_path / "kept", [record]),
+                record,
+                0,
+            )
+    assert len(list((tmp_path / "kept").iterdir())) == 6
 
 
 def test_without_room_it_goes_on(record, tmp_path, monkeypatch, caplog):
-    def write_bytes(self, content):
-        self.touch()
+    def fsync(stream):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     mapper = make_mapper()
-    caching = CachingMapper(mapper, tmp_path / "kept")
+    caching = CachingMapper(mapper, tmp_path / "kept", [record])
     draw(caching, record, 0)
     (before,) = (tmp_path / "kept").iterdir()
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr(os, "fsync", fsync)
     for seed in range(6):
         got, expected = draw(caching, record, seed), draw(mapper, record, seed)
         assert_equal(got[0], expected[0])
@@ -169,20 +176,74 @@ def test_without_room_it_goes_on(record, tmp_path, monkeypatch, caplog):
     assert caplog.text.count("takes no more images (No space left on device)") == 1
 
 
+def test_an_interruption_leaves_nothing(record, tmp_path, monkeypatch):
+    def fsync(stream):
+        raise KeyboardInterrupt
+
+    caching = CachingMapper(make_mapper(), tmp_path / "kept", [record])
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(KeyboardInterrupt):
+        draw(caching, record, 0)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_an_image_of_another_size_is_refused(record, tmp_path, is_kept):
+    """Also one of the same ratio, whose resized image has the size of the right one."""
+    if is_kept:
+        draw(CachingMapper(make_mapper(), tmp_path / "kept", [record]), record, 0)
+    record = {**record, "height": 2 * HEIGHT, "width": 2 * WIDTH}
+    with pytest.raises(SizeMismatchError):
+        draw(CachingMapper(make_mapper(), tmp_path / "kept", [record]), record, 0)
+
+
+class InPlace(Augmentation):
+    def get_transform(self, image):
+        torch.from_numpy(image)[:5] = 7
+        return NoOpTransform()
+
+
+def test_augmentations_may_write(record, tmp_path):
+    """As they may where torch resizes."""
+    mapper = make_mapper(TorchResizeShortestEdge, others=[InPlace()])
+    for _ in range(2):
+        got = draw(CachingMapper(mapper, tmp_path / "kept", [record]), record, 0)[0]
+        assert_equal(got, draw(mapper, record, 0)[0])
+        assert (got["image"][:, :5] == 7).all()
+
+
 @pytest.mark.parametrize("there", ["a file", "a file above", "not writable"])
-def test_a_folder_that_can_not_be_is_refused(tmp_path, there, monkeypatch):
+def test_a_folder_that_can_not_be_is_refused(record, tmp_path, there, monkeypatch):
     folder = tmp_path / ("kept/there" if there == "a file above" else "kept")
     if there == "not writable":
         monkeypatch.setattr(os, "access", lambda *args: False)
     else:
         (tmp_path / "kept").touch()
     with pytest.raises(ValueError, match=r"DATALOADER\.CACHE '.*kept.*' (must be a|can't be writ)"):
-        use_cache(make_mapper(), config("DATALOADER.CACHE", folder), [])
+        use_cache(make_mapper(), config("DATALOADER.CACHE", folder), [record])
+
+
+def test_a_whole_folder_need_not_be_writable(record, tmp_path, monkeypatch):
+    mapper = make_mapper()
+    for seed in range(12):
+        draw(CachingMapper(mapper, tmp_path / "kept", [record]), record, seed)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    assert_equal(
+        draw(CachingMapper(mapper, tmp_path / "kept", [record]), record, 0)[0],
+        draw(mapper, record, 0)[0],
+    )
 
 
 class Own(DatasetMapper):
     def __call__(self, record):
         return None
+
+
+class OwnAnnotations(DatasetMapper):
+    """detectron2 invites to change these; they would see the resized image's size."""
+
+    def _transform_annotations(self, record, transforms, shape):
+        record["height"] = record["height"]
 
 
 def config(*opts):
@@ -202,33 +263,49 @@ def config(*opts):
 )
 def test_what_it_can_not_do_is_refused(opts, match):
     with pytest.raises(ValueError, match=match):
-        CachingMapper(DatasetMapper(config(*opts), True), "kept")
+        CachingMapper(DatasetMapper(config(*opts), True), "kept", [])
 
 
 @pytest.mark.parametrize(
-    "mapper", [len, Own(True, augmentations=[ResizeShortestEdge(50)], image_format="BGR")]
+    "mapper",
+    [
+        len,
+        *(
+            kind(True, augmentations=[ResizeShortestEdge(50)], image_format="BGR")
+            for kind in (Own, OwnAnnotations)
+        ),
+    ],
 )
 def test_other_mappers_are_refused(mapper):
     with pytest.raises(ValueError, match=r"needs detectron2's DatasetMapper.*; this is "):
-        CachingMapper(mapper, "kept")
+        CachingMapper(mapper, "kept", [])
 
 
 def test_it_says_when_there_is_no_room(record, tmp_path, monkeypatch):
-    free = 3 * 70 * 101 + 3 * 50 * 72 + 3 * 166 * 240
-    cfg = config("DATALOADER.CACHE", tmp_path / "kept" / "there")
+    sizes = (50, 72), (70, 101), (166, 240)
+    needed = [3 * h * w + len(f"P6\n{w} {h}\n255\n") for h, w in sizes]
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "of_others.ppm").write_bytes(b"P6" * 10**6)
 
-    def disk_usage(path):
-        assert Path(path).is_dir()
-        return type("", (), {"free": free - 1})
+    def prepare(free, **changes):
+        usage = type("", (), {"free": free})
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
+        cfg = config("DATALOADER.CACHE", tmp_path / "kept")
+        return use_cache(make_mapper(others=[]), cfg, [{**record, **changes}] * 2)
 
-    monkeypatch.setattr(cache.shutil, "disk_usage", disk_usage)
-    with pytest.raises(ValueError, match=r"kept/there' needs 0\.0 GiB for 1 images"):
-        use_cache(make_mapper(), cfg, [record, record])
-    (tmp_path / "kept" / "there").mkdir(parents=True)
-    (tmp_path / "kept" / "there" / "one.ppm").write_bytes(b" ")
-    use_cache(make_mapper(), cfg, [record, record])  # what is there need not be written
+    with pytest.raises(ValueError, match=r"kept' needs 0\.0 GiB more for 1 images"):
+        prepare(sum(needed) - 1)
+    with pytest.raises(ValueError, match=r"needs 0\.0 GiB more"):
+        prepare(sum(needed) - 1, file_name="no such image")
+    caching = prepare(sum(needed))
+    np.random.seed(0)
+    height = caching(record)["image"].shape[1]
+    del needed[[h for h, _ in sizes].index(height)]
+    prepare(sum(needed))  # what is there need not be written
+    with pytest.raises(ValueError, match=r"needs 0\.0 GiB more"):
+        prepare(sum(needed) - 1)
     with pytest.raises(ValueError, match="height and width of all images"):
-        use_cache(make_mapper(), cfg, [{"file_name": ""}])
+        use_cache(make_mapper(), config("DATALOADER.CACHE", tmp_path), [{"file_name": ""}])
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from toys import SMALL, small_config, train_step
 
 from libra_d2 import Detector
 from libra_d2.engine import LibraTrainer
+from libra_d2.modeling import roi_align
 from libra_d2.modeling.look import Look, LookPooler
 from libra_d2.modeling.roi_align import ParallelROIAlign, SparseROIAlign, use_roi_align
 
@@ -100,6 +101,18 @@ class TestSparse:
         ]
         torch.testing.assert_close(*outcomes)
 
+    @pytest.mark.parametrize("at_once", [1, 5000, 20000])
+    def test_by_parts(self, at_once, generator, monkeypatch):
+        """A box of all of an image has as many entries as the image has positions, and more."""
+        features, rois = torch.randn(2, 5, 20, 30, generator=generator), make_boxes(60, generator)
+        pooled, gradient = pool(SparseROIAlign, features, rois, 7, 0.25, 0)
+        monkeypatch.setattr(roi_align, "_ENTRIES_AT_ONCE", at_once)
+        sizes = [len(part) for part in SparseROIAlign(7, 0.25, 0)._split(rois)]
+        assert sum(sizes) == 60 and len(sizes) > 1
+        pooled_by_parts, gradient_by_parts = pool(SparseROIAlign, features, rois, 7, 0.25, 0)
+        assert torch.equal(pooled_by_parts, pooled)
+        torch.testing.assert_close(gradient_by_parts, gradient)
+
     def test_a_box_is_pooled_alike_beside_any_others(self, generator):
         """Which a look at all proposals relies on."""
         features, rois = torch.randn(2, 16, 20, 30, generator=generator), make_boxes(50, generator)
@@ -110,7 +123,7 @@ class TestSparse:
         features = [torch.randn(2, 8, s, s, generator=generator).requires_grad_() for s in (32, 16)]
         boxes = [Boxes(make_boxes(40, generator)[:, 1:]) for _ in range(2)]
         pooler = LookPooler.like(ROIPooler(4, (1 / 4, 1 / 8), 0, "ROIAlignV2", 56, 3))
-        use_roi_align(pooler, small_config(BASELINE, *SPARSE))
+        use_roi_align(pooler, SparseROIAlign)
         chosen, look = [Boxes(b.tensor[5:9]) for b in boxes], Look()
         with look, torch.no_grad():
             pooler(features, boxes)
@@ -154,7 +167,7 @@ def test_a_run_uses_it_with_the_poolers_options(name, kind, config, tmp_path):
 
 
 @pytest.mark.parametrize("config", [BASELINE, PISA])
-def test_losses_and_gradients_are_the_same_up_to_rounding(config, monkeypatch):
+def test_losses_and_gradients_are_the_same_up_to_rounding(config):
     outcomes = []
     for opts in ((), SPARSE):
         cfg = small_config(config, *SMALL, *opts)
@@ -169,5 +182,5 @@ class Own(ROIAlign):
 
 def test_a_users_own_pooler_stays():
     model = nn.ModuleList([Own(2, 1.0, 1), ROIAlign(2, 1.0, 1)])
-    use_roi_align(model, small_config(BASELINE, *SPARSE))
+    use_roi_align(model, SparseROIAlign)
     assert [type(pooler) for pooler in model] == [Own, SparseROIAlign]

@@ -1,11 +1,11 @@
 """Images kept at their size: a file is decoded and resized once, not in every epoch."""
 
-import contextlib
 import copy
 import hashlib
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,32 +22,34 @@ from detectron2.data.transforms import (
 )
 from detectron2.utils.file_io import PathManager
 
+from .resize import TorchResizeShortestEdge
+
 __all__ = ["CachingMapper", "use_cache"]
 
 _CHANNELS = {"BGR": 3, "RGB": 3, "L": 1}  # of the formats whose images are bytes
-_HEADER = b"P%d\n%d %d\n255\n"  # of a PPM or PGM file
-_SUFFIX = ".ppm"
 
 
 class CachingMapper:
     """detectron2's mapper, which takes images that it has resized before from a folder.
 
     What it gives is the same to the bit. A file there is named by the image's path, date and length
-    and by its size and kind of resizing: runs can share the folder.
+    and by its sizes and the kind of resizing: runs can share the folder.
 
     Args:
         mapper: it; its first augmentation brings images to one of several sizes.
-        folder: of the files.
+        folder: of the files; made if it is not there.
+        records: of the images, with their heights and widths.
 
     Raises:
-        ValueError: if it is a mapper of another kind.
+        ValueError: if it is another mapper, resizes otherwise or gives no bytes; if records have no
+            sizes; if the folder has no room for the images or can't be written to.
     """
 
-    def __init__(self, mapper: DatasetMapper, folder: str):
+    def __init__(self, mapper: DatasetMapper, folder: str | Path, records: Sequence[dict]):
         augmentations = getattr(getattr(mapper, "augmentations", None), "augs", [])
         self.resize = next(iter(augmentations), None)
-        is_known = type(mapper).__call__ is DatasetMapper.__call__
-        if not is_known or not isinstance(self.resize, ResizeShortestEdge):
+        is_resize = type(self.resize) in (ResizeShortestEdge, TorchResizeShortestEdge)
+        if type(mapper) is not DatasetMapper or not is_resize:
             raise ValueError(
                 "DATALOADER.CACHE needs detectron2's DatasetMapper, with ResizeShortestEdge as its "
                 f"first augmentation (no INPUT.CROP); this is {type(mapper).__name__} with "
@@ -64,21 +66,24 @@ class CachingMapper:
                 f"{mapper.image_format}"
             )
         self.mapper, self.others, self.folder = mapper, augmentations[1:], Path(folder)
-        self.image_format = mapper.image_format
-        self.writes = True
+        self.num_channels = _CHANNELS[mapper.image_format]
+        self.writes = True  # until it fails
+        self._prepare(records)
 
     def __call__(self, record: dict) -> dict | None:
-        """A model's input of an image's record, which has its height and width."""
-        size = record["height"], record["width"]
-        transform = self.resize.get_transform(np.broadcast_to(np.uint8(0), (*size, 1)))
+        """A model's input of an image's record."""
+        height, width = record["height"], record["width"]
+        transform = self.resize.get_transform(np.broadcast_to(np.uint8(0), (height, width, 1)))
         file = self._keep(record, transform) if isinstance(transform, ResizeTransform) else None
         if file is None:
             return self._after(transform)(record)
-        height, width = transform.new_h, transform.new_w
-        kept = {**record, "file_name": str(file), "height": height, "width": width}
-        result = self._after(_ResizedBefore.like(transform))(kept)
+        size = {"height": transform.new_h, "width": transform.new_w}
+        mapper = self._after(_ResizedBefore.like(transform))
+        # The file has the channels in the mapper's order, whatever a viewer takes them for.
+        mapper.image_format = "L" if self.num_channels == 1 else "RGB"
+        result = mapper({**record, **size, "file_name": str(file)})
         if result is not None:
-            result.update(file_name=record["file_name"], height=size[0], width=size[1])
+            result.update(file_name=record["file_name"], height=height, width=width)
         return result
 
     def _after(self, resize: Transform) -> DatasetMapper:
@@ -89,58 +94,74 @@ class CachingMapper:
 
     def _keep(self, record: dict, transform: ResizeTransform) -> Path | None:
         """The file of the resized image, made if it is not there; None if it can't be."""
-        num_channels = _CHANNELS[self.image_format]
-        size = transform.new_h, transform.new_w
-        header = _HEADER % (6 if num_channels == 3 else 5, *reversed(size))
-        file = self.folder / self._name(record["file_name"], transform)
-        # One that lost its end, as files do when power fails, is made anew.
-        if file.is_file() and file.stat().st_size == len(header) + size[0] * size[1] * num_channels:
+        sizes = _sizes(transform)
+        file = self._file(record["file_name"], sizes)
+        if self._is_whole(file, sizes):
             return file
         if not self.writes:
             return None
-        image = read_image(record["file_name"], self.image_format)
+        image = read_image(record["file_name"], self.mapper.image_format)
         check_image_size(dict(record), image)
         image = transform.apply_image(image)
-        if self.image_format == "BGR":
-            image = image[:, :, ::-1]
-        beside = file.with_suffix(f".{os.getpid()}")  # several processes may be at the same image
+        # Several processes may be at the same image.
+        beside = file.with_suffix(f".{uuid.uuid4().hex}")
         try:
-            beside.write_bytes(header + image.tobytes())
+            with open(beside, "wb") as stream:
+                stream.write(self._header(sizes) + image.tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
             beside.replace(file)
         except OSError as error:
             self.writes = False
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
             logging.getLogger(__name__).warning(
                 "DATALOADER.CACHE '%s' takes no more images (%s); loading goes on without",
                 *(self.folder, error.strerror or error),
             )
             return None
+        finally:
+            beside.unlink(missing_ok=True)
         return file
 
-    def _name(self, source: str, transform: ResizeTransform) -> str:
+    def _file(self, source: str, sizes: tuple[int, ...]) -> Path:
         path = os.path.abspath(PathManager.get_local_path(source))
         status = os.stat(path)
-        image = path, status.st_mtime_ns, status.st_size, _CHANNELS[self.image_format]
-        how = type(transform).__name__, transform.interp, transform.new_h, transform.new_w
-        return hashlib.sha256(repr((image, how)).encode()).hexdigest()[:32] + _SUFFIX
+        image = path, status.st_mtime_ns, status.st_size, self.mapper.image_format
+        how = type(self.resize).__name__, self.resize.interp
+        return self.folder / f"{hashlib.sha256(repr((image, sizes, how)).encode()).hexdigest()}.ppm"
 
-    def prepare(self, records: Sequence[dict]) -> None:
-        """Makes the folder if all images, which need a height and width, have room there.
+    def _header(self, sizes: tuple[int, ...]) -> bytes:
+        """Of a PPM file, or PGM of one channel."""
+        return b"P%d\n%d %d\n255\n" % (6 if self.num_channels == 3 else 5, sizes[3], sizes[2])
 
-        Raises:
-            ValueError: if they have not, or the folder can't be made or written to.
-        """
+    def _num_bytes(self, sizes: tuple[int, ...]) -> int:
+        return len(self._header(sizes)) + sizes[2] * sizes[3] * self.num_channels
+
+    def _is_whole(self, file: Path, sizes: tuple[int, ...]) -> bool:
+        try:
+            return file.stat().st_size == self._num_bytes(sizes)
+        except FileNotFoundError:
+            return False
+
+    def _prepare(self, records: Sequence[dict]) -> None:
+        """Makes the folder, which has to have room for all images at all their sizes."""
         if not all("height" in record and "width" in record for record in records):
             raise ValueError("DATALOADER.CACHE needs the height and width of all images")
-        needed = {r["file_name"]: self._num_bytes(r["height"], r["width"]) for r in records}
         folder = self.folder.absolute()
-        there = sum(file.stat().st_size for file in folder.glob(f"*{_SUFFIX}"))
-        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
-        if sum(needed.values()) > there + free:
+        above = next(place for place in (folder, *folder.parents) if place.is_dir())
+        free, is_writable = shutil.disk_usage(above).free, os.access(above, os.W_OK)
+        images = {r["file_name"]: self._all_sizes(r["height"], r["width"]) for r in records}
+        missing = sum(self._num_bytes(x) for every in images.values() for x in every)
+        if missing > free or not is_writable:  # look which are there, which takes longer
+            missing = sum(
+                self._num_bytes(x)
+                for name, every in images.items()
+                for x in every
+                if not self._is_there(name, x)
+            )
+        if missing > free:
             raise ValueError(
-                f"DATALOADER.CACHE '{self.folder}' needs {sum(needed.values()) / 2**30:.1f} GiB "
-                f"for {len(needed)} images, each at all its sizes (INPUT.MIN_SIZE_TRAIN), and "
+                f"DATALOADER.CACHE '{self.folder}' needs {missing / 2**30:.1f} GiB more for "
+                f"{len(images)} images, each at all its sizes (INPUT.MIN_SIZE_TRAIN), and "
                 f"{free / 2**30:.1f} GiB are free there"
             )
         try:
@@ -149,13 +170,28 @@ class CachingMapper:
             raise ValueError(
                 f"DATALOADER.CACHE '{self.folder}' must be a folder: {error.strerror}"
             ) from error
-        if not os.access(folder, os.W_OK):
+        if missing and not is_writable:
             raise ValueError(f"DATALOADER.CACHE '{self.folder}' can't be written to")
 
-    def _num_bytes(self, height: int, width: int) -> int:
-        lengths, most = self.resize.short_edge_length, self.resize.max_size
-        sizes = {self.resize.get_output_shape(height, width, x, most) for x in lengths if x}
-        return sum(h * w for h, w in sizes) * _CHANNELS[self.image_format]
+    def _all_sizes(self, height: int, width: int) -> set[tuple[int, ...]]:
+        """What an image of this size may be resized to, as :func:`_sizes` has it."""
+        lengths = filter(None, self.resize.short_edge_length)  # 0 leaves an image as it is
+        shapes = (
+            self.resize.get_output_shape(height, width, length, self.resize.max_size)
+            for length in lengths
+        )
+        return {(height, width, *shape) for shape in shapes}
+
+    def _is_there(self, source: str, sizes: tuple[int, ...]) -> bool:
+        try:
+            return self._is_whole(self._file(source, sizes), sizes)
+        except OSError:  # no such image, which is said when it is loaded
+            return False
+
+
+def _sizes(transform: ResizeTransform) -> tuple[int, ...]:
+    """Height and width before and after."""
+    return transform.h, transform.w, transform.new_h, transform.new_w
 
 
 class _ResizedBefore(ResizeTransform):
@@ -163,12 +199,13 @@ class _ResizedBefore(ResizeTransform):
 
     @classmethod
     def like(cls, transform: ResizeTransform) -> "_ResizedBefore":
-        sizes = transform.h, transform.w, transform.new_h, transform.new_w
-        return cls(*sizes, transform.interp)
+        return cls(*_sizes(transform), transform.interp)
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """The image itself; of a mask, for which there is another interpolation, the resized."""
-        return img if interp is None else super().apply_image(img, interp)
+        if interp is not None:
+            return super().apply_image(img, interp)
+        return np.require(img, requirements=["C", "W"])  # as resizing gives it
 
 
 def use_cache(
@@ -182,10 +219,8 @@ def use_cache(
         records: what is loaded.
 
     Raises:
-        ValueError: as :class:`CachingMapper` and its ``prepare``.
+        ValueError: as :class:`CachingMapper`.
     """
     if not cfg.DATALOADER.CACHE:
         return mapper
-    caching = CachingMapper(mapper, cfg.DATALOADER.CACHE)
-    caching.prepare(records)
-    return caching
+    return CachingMapper(mapper, cfg.DATALOADER.CACHE, records)

@@ -31,7 +31,9 @@ class TorchResize(ResizeTransform):
         if not is_known or method != Image.BILINEAR:
             return super().apply_image(img, interp)
         assert img.shape[:2] == (self.h, self.w)
-        img = np.require(img, requirements=["C", "W"])  # torch takes no others
+        img = np.require(
+            img, requirements=["C", "W"]
+        )  # torch takes no negative strides, and warns of arrays that are not to be written
         image = torch.from_numpy(img).permute(2, 0, 1)[None]
         size = self.new_h, self.new_w
         resized = F.interpolate(image, size, mode="bilinear", antialias=True)

@@ -26,7 +26,8 @@ def rehearse(
 ) -> int:
     """Builds a run's model, optimizer, schedule, loaders and evaluators; trains and tests one step.
 
-    In each process of the run, on its device, at its size. Nothing stays of it.
+    In each process of the run, on its device, at its size. Nothing stays of it but images that
+    ``DATALOADER.CACHE`` keeps.
 
     Args:
         cfg: the run's config.

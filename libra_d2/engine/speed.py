@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from libra_d2.config import choose, set_key
-from libra_d2.modeling.roi_align import use_roi_align
+from libra_d2.modeling.roi_align import ROI_ALIGNS, use_roi_align
 
 __all__ = ["amp_dtype", "fuse", "keep_memory", "prepare_model", "settle_speed"]
 
@@ -114,5 +114,5 @@ def prepare_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Gives a model the memory format that a config asks for, and fast poolers, in place."""
     if cfg.MODEL.CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
-    use_roi_align(model, cfg)
+    use_roi_align(model, choose("MODEL.ROI_ALIGN", cfg, ROI_ALIGNS))
     return model

@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
-from libra_d2.config import NUM_CLASSES, get_key, set_key, suggest
+from libra_d2.config import NUM_CLASSES, choose, get_key, set_key, suggest
 from libra_d2.data.images import open_image, to_rgb
 from libra_d2.data.resize import with_resize
 from libra_d2.engine import load_config
@@ -26,7 +26,7 @@ from libra_d2.engine.lazy_config import (
 from libra_d2.engine.plain_errors import plain_errors
 from libra_d2.engine.weights import WeightsCheckpointer, check_weights, class_names_of
 from libra_d2.modeling.half import compute_in
-from libra_d2.modeling.roi_align import use_roi_align
+from libra_d2.modeling.roi_align import ROI_ALIGNS, use_roi_align
 
 from .result import Result
 
@@ -91,7 +91,7 @@ class Detector:
             self.model = (build_lazy_model if is_lazy else build_model)(self.cfg).eval()
         check_weights(weights, self.model, "the file of weights")
         WeightsCheckpointer(self.model).load(weights)
-        use_roi_align(self.model, self.cfg)
+        use_roi_align(self.model, choose("MODEL.ROI_ALIGN", self.cfg, ROI_ALIGNS))
         if half:
             on_cpu = torch.device(self.cfg.MODEL.DEVICE).type == "cpu"
             self.model = compute_in(torch.bfloat16 if on_cpu else torch.float16, self.model)

@@ -6,15 +6,12 @@ from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from libra_d2.config import choose
-
-__all__ = ["ParallelROIAlign", "SparseROIAlign", "use_roi_align"]
+__all__ = ["ROI_ALIGNS", "ParallelROIAlign", "SparseROIAlign", "use_roi_align"]
 
 
 class ParallelROIAlign(ROIAlign):
@@ -26,7 +23,8 @@ class ParallelROIAlign(ROIAlign):
       1,000 pixels would move by up to four. Here boxes, and what is computed of them, are float32.
     """
 
-    layout = torch.contiguous_format  # of another torchvision would make a copy, in each thread
+    # Of another torchvision would make a copy, in each thread.
+    memory_format = torch.contiguous_format
 
     @classmethod
     def like(cls, pooler: ROIAlign) -> Self:
@@ -41,7 +39,8 @@ class ParallelROIAlign(ROIAlign):
         if features.device.type != "cpu" or in_graph or len(rois) == 0:
             pooled = super().forward(features.to(dtype), rois)
         else:
-            pooled = _Pool.apply(features.to(dtype, memory_format=self.layout), rois, self)
+            own = features.to(dtype, memory_format=self.memory_format)
+            pooled = _Pool.apply(own, rois, self)
         return pooled.to(features.dtype)
 
     def pool(self, features: Tensor, rois: Tensor) -> Tensor:
@@ -81,46 +80,64 @@ class SparseROIAlign(ParallelROIAlign):
     features' gradient is the transposed matrix times what was pooled's.
     """
 
-    layout = torch.channels_last  # a row is in one piece
+    memory_format = torch.channels_last  # a row is in one piece
 
     def pool(self, features: Tensor, rois: Tensor) -> Tensor:
         """As the parent's."""
-        matrix = self._matrix(rois, features.shape)
         num_channels = features.shape[1]
         rows = features.permute(0, 2, 3, 1).reshape(-1, num_channels)
-        starts = matrix.sizes.cumsum(0, dtype=torch.int32) - matrix.sizes
-        pooled = _multiply(matrix.positions, matrix.weights, starts, rows)
-        pooled = pooled.view(-1, *self._size, num_channels)
-        return torch.empty_like(pooled).index_copy_(0, matrix.boxes, pooled).permute(0, 3, 1, 2)
+        blocks = []
+        for own in self._split(rois):
+            matrix = self._matrix(own, features.shape)
+            starts = matrix.sizes.cumsum(0, dtype=torch.int32) - matrix.sizes
+            pooled = _multiply(matrix.positions, matrix.weights, starts, rows)
+            pooled = pooled.view(-1, *self._size, num_channels)
+            blocks.append(torch.empty_like(pooled).index_copy_(0, matrix.boxes, pooled))
+        return torch.cat(blocks).permute(0, 3, 1, 2)
 
     def spread(self, gradient: Tensor, rois: Tensor, shape: Sequence[int]) -> Tensor:
         """As the parent's."""
         if gradient.device.type != "cpu" or len(rois) == 0:
             return super().spread(gradient, rois, shape)
-        matrix = self._matrix(rois, shape)
         num_images, num_channels, *size = shape
-        rows = gradient.permute(0, 2, 3, 1)[matrix.boxes].reshape(-1, num_channels)
-        positions, order = matrix.positions.sort(stable=True)
-        bins = torch.repeat_interleave(matrix.sizes)[order].to(torch.int32)
-        sizes = torch.bincount(positions, minlength=num_images * size[0] * size[1])
-        starts = (sizes.cumsum(0) - sizes).to(torch.int32)
-        spread = _multiply(bins, matrix.weights[order], starts, rows)
+        gradient = gradient.permute(0, 2, 3, 1)
+        spread = None
+        parts = self._split(rois)
+        for own, of_own in zip(parts, gradient.split([len(x) for x in parts]), strict=True):
+            matrix = self._matrix(own, shape)
+            rows = of_own[matrix.boxes].reshape(-1, num_channels)
+            positions, order = matrix.positions.sort(stable=True)
+            bins = torch.repeat_interleave(matrix.sizes)[order].to(torch.int32)
+            sizes = torch.bincount(positions, minlength=num_images * size[0] * size[1])
+            starts = (sizes.cumsum(0) - sizes).to(torch.int32)
+            product = _multiply(bins, matrix.weights[order], starts, rows)
+            spread = product if spread is None else spread.add_(product)
         return spread.view(num_images, *size, num_channels).permute(0, 3, 1, 2)
 
     @property
     def _size(self) -> tuple[int, int]:
-        return nn.modules.utils._pair(self.output_size)
+        size = self.output_size
+        return (size, size) if isinstance(size, int) else tuple(size)
 
-    def _matrix(self, rois: Tensor, shape: Sequence[int]) -> "_Matrix":
-        size = shape[2:]
+    def _place(self, rois: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where boxes start, their bins' extents, and points in a bin; x and y of each, (R, 2)."""
         offset = 0.5 if self.aligned else 0.0
         starts, ends = (rois[:, 1:] * self.spatial_scale - offset).split(2, dim=1)
         extents = ends - starts if self.aligned else (ends - starts).clamp(min=1)
         bins = extents / extents.new_tensor(self._size[::-1])
         if self.sampling_ratio > 0:
-            grids = torch.full_like(bins, self.sampling_ratio, dtype=torch.int64)
-        else:
-            grids = bins.ceil().clamp(min=0).long()  # points of a bin, along x and y
+            return starts, bins, torch.full_like(bins, self.sampling_ratio, dtype=torch.int64)
+        return starts, bins, bins.ceil().clamp(min=0).long()
+
+    def _split(self, rois: Tensor) -> list[Tensor]:
+        """Boxes by parts of a matrix that is not too large: one has entries with its area."""
+        num_entries = 4 * self._size[0] * self._size[1] * self._place(rois)[2].prod(dim=1)
+        part = num_entries.cumsum(0) // _ENTRIES_AT_ONCE
+        return list(rois.split(part.unique(return_counts=True)[1].tolist()))
+
+    def _matrix(self, rois: Tensor, shape: Sequence[int]) -> "_Matrix":
+        size = shape[2:]
+        starts, bins, grids = self._place(rois)
         # Boxes of one grid make a block without gaps.
         kinds, kind = grids.unique(dim=0, return_inverse=True)
         boxes = kind.argsort(stable=True)
@@ -139,6 +156,9 @@ class SparseROIAlign(ParallelROIAlign):
             num_bins = len(own) * self._size[0] * self._size[1]
             sizes.append(torch.full((num_bins,), 4 * grid[0] * grid[1], dtype=torch.int32))
         return _Matrix(*map(torch.cat, (positions, weights, sizes)), boxes)
+
+
+_ENTRIES_AT_ONCE = 2**22  # some 100 MB with what sorts them
 
 
 class _Matrix(NamedTuple):
@@ -205,17 +225,11 @@ def _in_threads(function: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -
         return [function(parts[0]), *(other.result() for other in others)]
 
 
-_KINDS = {"torchvision": ParallelROIAlign, "sparse": SparseROIAlign}
+ROI_ALIGNS = {"torchvision": ParallelROIAlign, "sparse": SparseROIAlign}  # by MODEL.ROI_ALIGN
 
 
-def use_roi_align(model: nn.Module, cfg: CfgNode | None = None) -> None:
-    """Replaces detectron2's own ROIAlign wherever a model has it; others stay.
-
-    Args:
-        model: it.
-        cfg: whose ``MODEL.ROI_ALIGN`` says by what; without, by :class:`ParallelROIAlign`.
-    """
-    kind = ParallelROIAlign if cfg is None else choose("MODEL.ROI_ALIGN", cfg, _KINDS)
+def use_roi_align(model: nn.Module, kind: type[ParallelROIAlign] = ParallelROIAlign) -> None:
+    """Replaces detectron2's own ROIAlign wherever a model has it; others stay."""
     poolers = [
         (owner, name, child)
         for owner in model.modules()

@@ -61,7 +61,9 @@ def _ways_to_load(file: str, size: tuple[int, int]) -> dict[str, Callable]:
         cfg = load_config(str(CONFIGS / "Base-RCNN-FPN.yaml"), opts)
         mapper = use_resize(DatasetMapper(cfg, True), cfg)
         mappers[f"INPUT.RESIZE {resize}" + " (detectron2)" * (resize == "pil")] = mapper
-    mappers["DATALOADER.CACHE, after the first time"] = CachingMapper(mapper, f"{file}.kept")
+    mappers["DATALOADER.CACHE, after the first time"] = CachingMapper(
+        mapper, f"{file}.kept", [record]
+    )
     ways = {name: partial(mapper, record) for name, mapper in mappers.items()}
     ways["of the first two, reading the file"] = partial(read_image, file, "BGR")
     return ways
