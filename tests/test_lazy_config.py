@@ -123,6 +123,7 @@ class TestRuns:
         assert run(flags=["--resume"], iterations=5) == 0
         assert "train.max_iter 4 -> 5" in capsys.readouterr().out
 
+    @pytest.mark.slow  # processes begin as they do for a yaml config
     def test_two_processes(self, run, own, tmp_path):
         own.write_text(f"{own.read_text()}\nmodel.backbone.pyramid.norm = lambda c: GN(2, c)\n")
         own.write_text(f"from torch.nn import GroupNorm as GN\n{own.read_text()}")

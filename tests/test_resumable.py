@@ -17,7 +17,7 @@ from libra_d2.engine.stopping import REQUEUE_STATUS
 
 
 class TestResume:
-    @pytest.mark.parametrize("config", [LIBRA, RETINANET])
+    @pytest.mark.parametrize("config", [LIBRA, pytest.param(RETINANET, marks=pytest.mark.slow)])
     def test_goes_on_to_the_last_bit(self, run, tmp_path, monkeypatch, config, capsys):
         opts = ("INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.EVAL_PERIOD", 3, "SOLVER.BASE_LR", 1e-3)
         run = partial(run, *opts, config=config, score=True)
@@ -186,6 +186,7 @@ class TestSignals:
         assert f"is still in '{out}/old-1'" in capsys.readouterr().err
         assert same_weights(before, model_of(out / "old-1"))
 
+    @pytest.mark.slow  # what a signal does is the same as to one process
     def test_to_a_whole_group_of_processes(self, tiny_coco, tmp_path):
         """As SLURM sends them: those that load images must not end before the run has saved."""
         out = tmp_path / "out"
