@@ -14,14 +14,14 @@ from runs import RETINANET, at_iteration, model_of, same_weights, send
 from toys import CONFIGS, SMALL, small_config
 
 from libra_d2.config import get_key, list_keys
-from libra_d2.engine import LibraTrainer
+from libra_d2.engine import LibraTrainer, speed
 from libra_d2.engine.lazy_config import load_lazy_config
 from libra_d2.engine.speed import amp_dtype, fuse, settle_speed
 
 FAST = ("SOLVER.AMP.ENABLED", True, "MODEL.CHANNELS_LAST", True, "SOLVER.FUSED", True)
 # What SOLVER.FAST sets on machines of 16 cores.
-ON_ANY = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch"}
-HALF = {**ON_ANY, "SOLVER.AMP.ENABLED": True, "MODEL.CHANNELS_LAST": True}
+ON_ANY = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch", "MODEL.CHANNELS_LAST": True}
+HALF = {**ON_ANY, "SOLVER.AMP.ENABLED": True}
 ON_CPU = {"MODEL.ROI_ALIGN": "sparse", "SOLVER.KEEP_MEMORY": True}
 ON_CPU["DATALOADER.NUM_WORKERS"] = 2
 ON_TWO_GPUS = {**HALF, "FLOAT32_PRECISION": "high", "DATALOADER.PIN_MEMORY": True}
@@ -115,7 +115,7 @@ class TestFast:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **kwargs: bfloat16)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bfloat16})
+        monkeypatch.setattr(speed, "cpu_gains_from_bfloat16", lambda: bfloat16)
         cfg = small_config(BASELINE, "SOLVER.FAST", True)
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 4  # detectron2's
@@ -126,6 +126,25 @@ class TestFast:
         assert {k: v for k, v in changed.items() if not isinstance(v, dict)} == expected
         told = capsys.readouterr().out
         assert all(f"{key} {value}" in told for key, value in expected.items())
+
+    @pytest.mark.parametrize(
+        ("name", "seconds", "expected"),
+        [
+            ("avx512_bf16", {torch.float32: 1.0, torch.bfloat16: 0.5}, True),
+            ("amx_bf16", {torch.float32: 1.0, torch.bfloat16: 0.3}, True),
+            ("avx512_bf16", {torch.float32: 1.0, torch.bfloat16: 1.1}, False),
+            ("avx512_f", {}, False),  # nothing is measured
+        ],
+    )
+    def test_bfloat16_is_measured(self, name, seconds, expected, monkeypatch):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+        monkeypatch.setattr(speed, "_seconds_to_convolve", seconds.__getitem__)
+        assert speed.cpu_gains_from_bfloat16.__wrapped__() is expected
+
+    def test_the_measurement_draws_no_random_numbers(self):
+        before = torch.get_rng_state()
+        assert speed._seconds_to_convolve(torch.float32) > 0
+        assert torch.equal(torch.get_rng_state(), before)
 
     def test_a_number_of_workers_that_was_chosen_stays(self):
         cfg = small_config(BASELINE, "SOLVER.FAST", True, "DATALOADER.NUM_WORKERS", 0)

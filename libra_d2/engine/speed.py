@@ -3,10 +3,13 @@
 import ctypes
 import os
 import platform
+from functools import cache
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
+from torch.nn import functional
+from torch.utils.benchmark import Timer
 
 from libra_d2.config import choose, set_key
 from libra_d2.modeling.roi_align import ROI_ALIGNS, use_roi_align
@@ -25,28 +28,26 @@ def settle_speed(cfg: CfgNode) -> None:
 
     On a GPU: mixed precision, in bfloat16 where it has it, TF32, channels last, a fused optimizer;
     images are resized by torch, pinned, and loaded by as many workers as there are cores for it.
-    On a CPU the same without TF32 and pinned memory; without mixed precision where it has no
-    instructions for bfloat16, which is slow then; ROIAlign is sparse; and memory is kept, which a
-    GPU's allocator does anyway. Few workers load for it, as its cores are at work.
+    On a CPU the same without TF32 and pinned memory; with mixed precision only where bfloat16 is
+    measured to be faster; ROIAlign is sparse; and memory is kept, which a GPU's allocator does
+    anyway. Few workers load for it, as its cores are at work.
     """
     if not cfg.SOLVER.FAST:
         return
     on_cpu = cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()
-    chosen = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch"}
+    chosen = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch", "MODEL.CHANNELS_LAST": True}
     if cfg.DATALOADER.NUM_WORKERS == _DETECTRON2S_WORKERS:  # nobody has chosen another number
         chosen["DATALOADER.NUM_WORKERS"] = _num_workers(on_cpu)
     if on_cpu:
         chosen["MODEL.ROI_ALIGN"] = "sparse"
     if on_cpu and _has_glibc():
         chosen["SOLVER.KEEP_MEMORY"] = True
-    if on_cpu and cpu_has_bfloat16():
+    if on_cpu and cpu_gains_from_bfloat16():
         chosen |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}
     if not on_cpu:
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         chosen |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype}
         chosen |= {"FLOAT32_PRECISION": "high", "DATALOADER.PIN_MEMORY": True}
-    if "SOLVER.AMP.ENABLED" in chosen:
-        chosen["MODEL.CHANNELS_LAST"] = True
     for key, value in chosen.items():
         set_key(cfg, key, value)
     print(f"SOLVER.FAST: {', '.join(f'{key} {value}' for key, value in chosen.items())}")
@@ -59,10 +60,31 @@ def _num_workers(on_cpu: bool) -> int:
     return min(max(wanted, 1), _MOST_WORKERS)
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16, and not by way of float32."""
+@cache
+def cpu_gains_from_bfloat16() -> bool:
+    """Whether this CPU convolves in bfloat16 in less than three quarters of float32's time.
+
+    Having instructions for it is not enough: with AVX512-BF16 alone AMD's Zen 4 takes half of the
+    time, and Intel's Sapphire Rapids more than all of it. So it is measured, in half a second. The
+    bound lies far from either, lest two runs on one machine should differ.
+    """
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    if not any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16")):
+        return False
+    return _seconds_to_convolve(torch.bfloat16) < 0.75 * _seconds_to_convolve(torch.float32)
+
+
+def _seconds_to_convolve(dtype: torch.dtype) -> float:
+    """Of a 3x3 convolution of 128 channels of 64x64, forward and backward, in all threads."""
+    form = {"dtype": dtype, "requires_grad": True}
+    images, weight = torch.ones(1, 128, 64, 64, **form), torch.ones(128, 128, 3, 3, **form)
+    images, weight = (x.to(memory_format=torch.channels_last) for x in (images, weight))
+    timer = Timer(
+        "conv2d(images, weight, padding=1).sum().backward()",
+        globals={"conv2d": functional.conv2d, "images": images, "weight": weight},
+        num_threads=torch.get_num_threads(),
+    )
+    return timer.blocked_autorange(min_run_time=0.2).median
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:
