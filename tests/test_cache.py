@@ -10,8 +10,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.transforms import (
     Augmentation,
@@ -21,7 +20,6 @@ from detectron2.data.transforms import (
     ResizeShortestEdge,
 )
 from detectron2.structures import BoxMode
-from formats import make_coco
 from PIL import Image
 from pycocotools import mask as coco_mask
 from toys import toy_config
@@ -308,27 +306,18 @@ def test_it_says_when_there_is_no_room(record, tmp_path, monkeypatch):
         use_cache(make_mapper(), config("DATALOADER.CACHE", tmp_path), [{"file_name": ""}])
 
 
-@pytest.fixture
-def folder(tmp_path):
-    make_coco(tmp_path)
-    register_coco_instances("cached", {}, f"{tmp_path}/annotations.json", f"{tmp_path}/images")
-    yield tmp_path
-    DatasetCatalog.remove("cached")
-    MetadataCatalog.remove("cached")
-
-
 def loaders(*opts):
-    opts = ("DATASETS.TRAIN", ("cached",), "DATASETS.TEST", ("cached",), *opts)
+    opts = ("DATASETS.TRAIN", ("eight",), "DATASETS.TEST", ("eight",), *opts)
     cfg = config(*opts, "INPUT.MIN_SIZE_TRAIN", (64, 96), "INPUT.MIN_SIZE_TEST", 80)
-    return build_train_loader(cfg), build_test_loader(cfg, "cached")
+    return build_train_loader(cfg), build_test_loader(cfg, "eight")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_loaders_use_it(folder, num_workers):
+def test_loaders_use_it(eight, num_workers):
     opts = "DATALOADER.NUM_WORKERS", num_workers
     plain = loaders(*opts)
     for _ in range(2):
-        kept, seen = loaders(*opts, "DATALOADER.CACHE", folder / "kept"), set()
+        kept, seen = loaders(*opts, "DATALOADER.CACHE", eight / "kept"), set()
         for one, other in zip(plain, kept, strict=True):
             for a, b in zip(islice(one, 12), islice(other, 12), strict=True):
                 assert len(a) == len(b)
@@ -336,11 +325,11 @@ def test_loaders_use_it(folder, num_workers):
                     assert_equal(y, x)
                     seen.add((x["file_name"], x["image"].shape))
         # Processes that load are ahead.
-        assert 8 < len(seen) <= len(list((folder / "kept").iterdir())) <= 3 * 8
+        assert 8 < len(seen) <= len(list((eight / "kept").iterdir())) <= 3 * 8
 
 
-def test_images_that_can_not_be_read_have_their_names(folder):
-    (folder / "images" / "000003.jpg").write_bytes(b"no image")
-    train, _ = loaders("DATALOADER.CACHE", folder / "kept")
+def test_images_that_can_not_be_read_have_their_names(eight):
+    (eight / "images" / "000003.jpg").write_bytes(b"no image")
+    train, _ = loaders("DATALOADER.CACHE", eight / "kept")
     with pytest.raises(LoadingError, match=r"images/000003\.jpg' cannot be read"):
         list(islice(train, 12))

@@ -6,9 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
-from detectron2.data.datasets import register_coco_instances
-from formats import make_coco
+from detectron2.data import build_detection_train_loader
 from toys import toy_config
 
 from libra_d2.data.loader import build_test_loader, build_train_loader
@@ -16,21 +14,12 @@ from libra_d2.data.workers import LoadingError
 
 OPTS = (
     "DATASETS.TRAIN",
-    ("loaded",),
+    ("eight",),
     "DATASETS.TEST",
-    ("loaded",),
+    ("eight",),
     "INPUT.MIN_SIZE_TRAIN",
     (64, 96),
 )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    make_coco(tmp_path)
-    register_coco_instances("loaded", {}, f"{tmp_path}/annotations.json", f"{tmp_path}/images")
-    yield tmp_path
-    DatasetCatalog.remove("loaded")
-    MetadataCatalog.remove("loaded")
 
 
 def config(*opts):
@@ -50,7 +39,7 @@ def are_equal(one, other):
 
 
 @pytest.mark.parametrize("grouping", [True, False])
-def test_batches_are_detectron2s(folder, grouping):
+def test_batches_are_detectron2s(eight, grouping):
     cfg = config("DATALOADER.ASPECT_RATIO_GROUPING", grouping)
     names = [[x[0] for x in batch] for batch in take(build_train_loader(cfg), 12)]
     theirs = take(build_detection_train_loader(cfg), 12)
@@ -58,7 +47,7 @@ def test_batches_are_detectron2s(folder, grouping):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pinned_images(folder):
+def test_pinned_images(eight):
     cfg = config("DATALOADER.PIN_MEMORY", True)
     (batch,) = islice(build_train_loader(cfg), 1)
     assert all(x["image"].is_pinned() and len(x["instances"]) > 0 for x in batch)
@@ -66,14 +55,14 @@ def test_pinned_images(folder):
     assert are_equal([names], take(build_train_loader(config()), 1))
 
 
-def test_pinned_memory_is_nothing_without_a_gpu(folder, monkeypatch, recwarn):
+def test_pinned_memory_is_nothing_without_a_gpu(eight, monkeypatch, recwarn):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     batches = take(build_train_loader(config("DATALOADER.PIN_MEMORY", True)), 1)
     assert are_equal(batches, take(build_train_loader(config()), 1))
     assert not any("pin_memory" in str(warning.message) for warning in recwarn)
 
 
-def test_images_depend_on_seed_and_place_alone(folder):
+def test_images_depend_on_seed_and_place_alone(eight):
     batches = take(build_train_loader(config()), 8)
     assert are_equal(batches, take(build_train_loader(config("DATALOADER.NUM_WORKERS", 2)), 8))
     assert not are_equal(batches, take(build_train_loader(config("SEED", 2)), 8))
@@ -82,7 +71,7 @@ def test_images_depend_on_seed_and_place_alone(folder):
 
 
 @pytest.mark.parametrize("start", [1, 5])
-def test_a_loader_goes_on_anywhere(folder, start):
+def test_a_loader_goes_on_anywhere(eight, start):
     loader = build_train_loader(config())
     batches = take(loader, 9)
     other = build_train_loader(config())
@@ -91,7 +80,7 @@ def test_a_loader_goes_on_anywhere(folder, start):
     assert other.state_dict()["position"] == 9
 
 
-def test_numbers_of_training_stay_as_they_were(folder):
+def test_numbers_of_training_stay_as_they_were(eight):
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
@@ -106,29 +95,29 @@ def test_numbers_of_training_stay_as_they_were(folder):
 
 
 class TestBadImages:
-    def test_too_many_stop_it(self, folder):
-        (folder / "images" / "000003.jpg").write_bytes(b"no image")
+    def test_too_many_stop_it(self, eight):
+        (eight / "images" / "000003.jpg").write_bytes(b"no image")
         with pytest.raises(LoadingError, match=r"000003\.jpg' cannot be read.*MAX_BAD_IMAGES 0"):
             take(build_train_loader(config()), 9)
 
     @pytest.mark.parametrize("num_workers", [0, 1])
-    def test_some_are_left_out(self, folder, num_workers, caplog):
-        (folder / "images" / "000003.jpg").unlink()
+    def test_some_are_left_out(self, eight, num_workers, caplog):
+        (eight / "images" / "000003.jpg").unlink()
         cfg = config("DATALOADER.MAX_BAD_IMAGES", 1, "DATALOADER.NUM_WORKERS", num_workers)
         loader = build_train_loader(cfg)
         batches = take(loader, 20)
         names = {name.rpartition("/")[2] for batch in batches for name, _ in batch}
         assert "000003.jpg" not in names and len(names) == 7
-        assert list(loader.state_dict()["bad_images"]) == [f"{folder}/images/000003.jpg"]
+        assert list(loader.state_dict()["bad_images"]) == [f"{eight}/images/000003.jpg"]
         assert caplog.text.count("it is left out") == 1
 
-    def test_all_of_them(self, folder):
-        for image in (folder / "images").iterdir():
+    def test_all_of_them(self, eight):
+        for image in (eight / "images").iterdir():
             image.unlink()
         with pytest.raises(LoadingError, match="none is left"):
             take(build_train_loader(config("DATALOADER.MAX_BAD_IMAGES", 99)), 9)
 
-    def test_an_evaluation_leaves_none_out(self, folder):
-        (folder / "images" / "000003.jpg").write_bytes(b"no image")
+    def test_an_evaluation_leaves_none_out(self, eight):
+        (eight / "images" / "000003.jpg").write_bytes(b"no image")
         with pytest.raises(LoadingError, match=r"000003\.jpg' cannot be read"):
-            list(build_test_loader(config("DATALOADER.MAX_BAD_IMAGES", 9), "loaded"))
+            list(build_test_loader(config("DATALOADER.MAX_BAD_IMAGES", 9), "eight"))

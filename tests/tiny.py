@@ -1,4 +1,4 @@
-"""A registered data set of six images, and command lines of toy runs on it."""
+"""Registered data sets of six and eight images, and command lines of toy runs on it."""
 
 import json
 import os
@@ -6,12 +6,14 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from formats import make_coco
 from toys import CONFIGS, toy_opts
 
 from libra_d2.data.digits import Split, make_digits
@@ -23,11 +25,27 @@ def tiny(tmp_path_factory):
     """A registered data set of six images."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     make_digits(Split(num_images=6, seed=5, training=True), folder)
-    register_coco_instances("tiny", {}, str(folder / "annotations.json"), str(folder / "images"))
     make_proposals(folder)
-    yield folder
-    DatasetCatalog.remove("tiny")
-    MetadataCatalog.remove("tiny")
+    with registered("tiny", folder):
+        yield folder
+
+
+@pytest.fixture
+def eight(tmp_path):
+    """The folder of a registered data set of eight images, for a test to damage."""
+    make_coco(tmp_path)
+    with registered("eight", tmp_path):
+        yield tmp_path
+
+
+@contextmanager
+def registered(name, folder):
+    register_coco_instances(name, {}, f"{folder}/annotations.json", f"{folder}/images")
+    try:
+        yield
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def make_proposals(folder):
