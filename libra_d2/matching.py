@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = ["check_mutual_guidance", "classify_to_localize", "localize_to_classify"]
 
-_POSITIVE, _IGNORED = 2, 1  # the larger is the stronger claim to an anchor
+_POSITIVE, _IGNORED, _NOT_OWN = 2, 1, -1  # the larger is the stronger claim to an anchor
 
 
 def check_mutual_guidance(positive_iou: float, negative_iou: float, sigma: float = 2.0) -> None:
@@ -161,7 +162,7 @@ class _Pairs:
         return _Pairs(self.gts[chosen], self.anchors[chosen], self.values[chosen], self.shape)
 
     def own(self, at_least: float = 0.0) -> "_Pairs":
-        """Those pairs in which an anchor is with its best ground truth.
+        """Those pairs in which an anchor is with its best ground truth; some others have value 0.
 
         Before that, the best anchor of each ground truth counts 1.
 
@@ -175,9 +176,10 @@ class _Pairs:
         else:
             leads |= self.values == self._highest(self.anchors, self.shape[1])
         pairs = self[leads]
-        first = pairs.best_of_gts()
-        pairs.values[first[first < len(pairs.values)]] = 1.0
-        return pairs[pairs.values == pairs._highest(pairs.anchors, self.shape[1])]
+        values = pad(pairs.values, (0, 1)).index_fill(0, pairs.best_of_gts(), 1.0)[:-1]
+        pairs = replace(pairs, values=values)
+        is_own = values == pairs._highest(pairs.anchors, self.shape[1])
+        return replace(pairs, values=values.masked_fill(~is_own, 0.0))
 
     def best_of_gts(self) -> Tensor:
         """Position of each ground truth's largest value, the first of equal ones; P without any."""
@@ -195,7 +197,8 @@ class _Pairs:
 
     def count(self, minimum: float) -> Tensor:
         """Number of each ground truth's values of at least this, (G,) int64."""
-        return self.gts[self.values >= minimum].bincount(minlength=self.shape[0])
+        enough = (self.values >= minimum).to(torch.int64)
+        return self.gts.new_zeros(self.shape[0]).scatter_add(0, self.gts, enough)
 
     def ranks(self) -> Tensor:
         """Rank of each pair's value among those of its ground truth, (P,) from 0, the largest."""
@@ -224,6 +227,7 @@ def _label(
     ranks = own.ranks()
     states = (ranks < num_not_negative[own.gts]).to(torch.int8) * _IGNORED
     states = states.masked_fill(ranks < num_positives[own.gts], _POSITIVE)
+    states = states.masked_fill(own.values == 0, _NOT_OWN)
 
     state = states.new_zeros(num_anchors).scatter_reduce(0, own.anchors, states, "amax")
     matched_gt = _first_gt(own.gts.masked_fill(states != state[own.anchors], num_gts), own)
@@ -247,13 +251,13 @@ def _serve_left_out(pairs: _Pairs, matched_gt: Tensor, labels: Tensor) -> tuple[
     """
     num_gts = pairs.shape[0]
     while True:
-        left_out = labels.new_ones(num_gts).index_fill(0, matched_gt[labels == 1], 0)
-        pairs = pairs[left_out[pairs.gts] == 1]
-        pairs = pairs[labels[pairs.anchors] != 1]
+        served = matched_gt.masked_fill(labels != 1, num_gts)
+        left_out = labels.new_ones(num_gts + 1).index_fill(0, served, 0)
+        pairs = pairs[(left_out[pairs.gts] == 1) & (labels[pairs.anchors] != 1)]
         if len(pairs.values) == 0:
             return matched_gt, labels
-        best = pairs.best_of_gts()
-        wanted = pairs[best[best < len(pairs.values)]]
-        winner = _first_gt(wanted.gts, wanted)
+        positions = torch.arange(len(pairs.values), device=labels.device)
+        is_wanted = positions == pairs.best_of_gts()[pairs.gts]
+        winner = _first_gt(pairs.gts.masked_fill(~is_wanted, num_gts), pairs)
         matched_gt = torch.where(winner < num_gts, winner, matched_gt)
         labels = torch.where(winner < num_gts, 1, labels)

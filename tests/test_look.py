@@ -129,7 +129,8 @@ def test_heads_compute_no_row_twice(opts, monkeypatch):
         losses[remembers] |= {n: p.grad for n, p in heads.named_parameters()}
         rows[remembers] = counted.rows
         assert heads._look is None and isinstance(heads.box_pooler, LookPooler)
-    torch.testing.assert_close(losses[True], losses[False])
+    # Sums of as many products, in an order that depends on the machine and its threads.
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-5, atol=1e-5)
     num_layers = rows[False].count(NUM_CANDIDATES)
     assert num_layers == (6 if CONV[0] in opts else 4)
     # Of the first stage, what is not remembered is computed a second time: as many layers.

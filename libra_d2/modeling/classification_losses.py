@@ -60,7 +60,7 @@ class ClassificationLoss:
             labels: see :meth:`choose`.
             weights: of each anchor, (N, R); None for 1.
         """
-        trained = labels >= 0
+        trained = (labels >= 0).nonzero(as_tuple=True)
         logits, labels = logits[trained], labels[trained]
         if weights is None:
             return self.elementwise(logits, one_hot(labels, logits), reduction="sum")

@@ -167,8 +167,10 @@ class _Pool(torch.autograd.Function):
         rois, levels = ctx.saved_tensors
         dtype = torch.promote_types(gradient.dtype, torch.float32)
         spread = []
-        for i, (pooler, shape) in enumerate(zip(ctx.poolers, ctx.shapes, strict=True)):
-            own = (levels == i).nonzero().squeeze(1)
+        all_levels = torch.arange(len(ctx.poolers), device=levels.device)
+        counts = (levels == all_levels.unsqueeze(1)).sum(dim=1).tolist()  # one transfer
+        rows = levels.argsort(stable=True).split(counts)
+        for own, pooler, shape in zip(rows, ctx.poolers, ctx.shapes, strict=True):
             spread.append(pooler.spread(gradient[own].to(dtype), rois[own].to(dtype), shape))
         return None, None, None, None, *spread
 

@@ -8,6 +8,7 @@ Shape shorthand in this module:
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -28,19 +29,6 @@ __all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
 MATCHERS = SwitchRegistry("MATCHERS", ("MODEL.RETINANET.MATCHER",))
 # None: the labels are left to detectron2's own matcher.
 MATCHERS.register(type(None), name="max_iou")
-
-
-@dataclass
-class _Labels:
-    """The labels of one image, and what is logged about them."""
-
-    cls_labels: Tensor  # (R,) for classification: class in [0, K), K background, -1 ignored
-    cls_boxes: Tensor  # (R, 4), the ground truths they answer to
-    box_labels: Tensor  # (R,) for box regression: class in [0, K), K not trained
-    box_boxes: Tensor  # (R, 4)
-    num_agreed: Tensor  # () positive for both tasks, with the same ground truth
-    num_positives: Tensor  # () for classification
-    sum_ious: Tensor  # () IoU of the boxes that these predict with their ground truths
 
 
 class PredictionMatcher(Protocol):
@@ -117,30 +105,17 @@ class MutualGuidanceMatcher:
             background, and the ground truths these answer to, (R, 4); then the same for box
             regression, where K means that an anchor does not regress.
         """
-        labels = [
-            self._label(anchors, image_logits, transform.apply_deltas(d, anchors.tensor), gt)
-            for image_logits, d, gt in zip(logits, deltas, gt_instances, strict=True)
-        ]
-        self._log(labels)
-        return (
-            [image.cls_labels for image in labels],
-            [image.cls_boxes for image in labels],
-            ([image.box_labels for image in labels], [image.box_boxes for image in labels]),
-        )
-
-    def _label(self, anchors: Boxes, logits: Tensor, pred_boxes: Tensor, gt: Instances) -> _Labels:
-        num_anchors, background = logits.shape
-        if len(gt) == 0:
-            labels = torch.full((num_anchors,), background, device=logits.device)
-            boxes = torch.zeros_like(anchors.tensor)
-            zero = logits.new_zeros((), dtype=torch.float32)
-            return _Labels(labels, boxes, labels, boxes, zero, zero, zero)
-        anchor_ious = find_overlaps(gt.gt_boxes, anchors)
-        regressed_ious = find_overlaps(gt.gt_boxes, Boxes(pred_boxes))
-        gts, indices = anchor_ious.indices()
+        num_images, _, background = logits.shape
+        own_boxes = [gt.gt_boxes for gt in gt_instances]
+        pred_boxes = [transform.apply_deltas(image, anchors.tensor) for image in deltas]
+        # One matrix for the batch, so that a GPU is waited for as often as for an image.
+        anchor_ious = find_overlaps(own_boxes, anchors.tensor.unsqueeze(0))
+        regressed_ious = find_overlaps(own_boxes, torch.stack(pred_boxes))
+        classes = torch.cat([gt.gt_classes for gt in gt_instances])
+        gts, columns = anchor_ious.indices()
         scores = torch.sparse_coo_tensor(
             anchor_ious.indices(),
-            logits[indices, gt.gt_classes[gts]].float().sigmoid(),
+            logits.flatten(end_dim=1)[columns, classes[gts]].float().sigmoid(),
             anchor_ious.shape,
             is_coalesced=True,
             check_invariants=False,
@@ -151,24 +126,51 @@ class MutualGuidanceMatcher:
             anchor_ious, scores, sigma=self.sigma, **thresholds
         )
 
-        is_positive = cls_labels == 1
-        classes = torch.where(is_positive, gt.gt_classes[cls_gt], background)
-        gts, indices = regressed_ious.indices()
-        is_matched = is_positive[indices] & (cls_gt[indices] == gts)
-        return _Labels(
-            cls_labels=classes.masked_fill(cls_labels == -1, -1),
-            cls_boxes=gt.gt_boxes.tensor[cls_gt],
-            box_labels=torch.where(box_labels == 1, gt.gt_classes[box_gt], background),
-            box_boxes=gt.gt_boxes.tensor[box_gt],
-            num_agreed=(is_positive & (box_labels == 1) & (cls_gt == box_gt)).sum(),
-            num_positives=is_positive.sum(),
-            sum_ious=regressed_ious.values()[is_matched].sum(),
+        gts, columns = regressed_ious.indices()
+        is_matched = (cls_labels[columns] == 1) & (cls_gt[columns] == gts)
+        self._log(
+            num_images,
+            num_agreed=((cls_labels == 1) & (box_labels == 1) & (cls_gt == box_gt)).sum(),
+            num_positives=(cls_labels == 1).sum(),
+            sum_ious=regressed_ious.values().masked_fill(~is_matched, 0.0).sum(),
         )
+        of_images = partial(_split, gt_instances=gt_instances, background=background)
+        return (*of_images(cls_gt, cls_labels), of_images(box_gt, box_labels))
 
-    def _log(self, labels: list[_Labels]) -> None:
-        rows = [torch.stack([i.num_agreed, i.num_positives, i.sum_ious]) for i in labels]
-        num_agreed, num_positives, sum_ious = torch.stack(rows).sum(dim=0).tolist()
+    def _log(
+        self, num_images: int, num_agreed: Tensor, num_positives: Tensor, sum_ious: Tensor
+    ) -> None:
+        numbers = torch.stack([num_agreed, num_positives, sum_ious])
+        num_agreed, num_positives, sum_ious = numbers.tolist()
         storage = get_event_storage()
-        storage.put_scalar("mutual_guidance/agreed_anchors", num_agreed / len(labels))
+        storage.put_scalar("mutual_guidance/agreed_anchors", num_agreed / num_images)
         if num_positives > 0:
             storage.put_scalar("mutual_guidance/regressed_iou", sum_ious / num_positives)
+
+
+def _split(
+    matched_gt: Tensor, labels: Tensor, gt_instances: list[Instances], background: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Classes to learn, and ground truths they answer to, of each image.
+
+    Args:
+        matched_gt: (N * R,) int64, index into the ground truths of all images.
+        labels: (N * R,) int8; 1 positive, 0 negative, -1 ignored.
+        gt_instances: of each of N images.
+        background: number of classes.
+    """
+    classes, boxes, first = [], [], 0
+    num_images = len(gt_instances)
+    for gt, index, label in zip(
+        gt_instances, matched_gt.chunk(num_images), labels.chunk(num_images), strict=True
+    ):
+        if len(gt) == 0:
+            classes.append(torch.full_like(index, background))
+            boxes.append(gt.gt_boxes.tensor.new_zeros(len(index), 4))
+            continue
+        index = (index - first).clamp(min=0)  # it is 0 where nothing is matched
+        positive = torch.where(label == 1, gt.gt_classes[index], background)
+        classes.append(positive.masked_fill(label == -1, -1))
+        boxes.append(gt.gt_boxes.tensor[index])
+        first += len(gt)
+    return classes, boxes

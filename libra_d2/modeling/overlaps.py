@@ -8,42 +8,53 @@ from torch.nn.functional import pad
 __all__ = ["find_overlaps"]
 
 _BLOCK = 64  # boxes that are looked at together, or not at all
-_AT_ONCE = 2**18  # boxes compared in one step: 4 MiB of coordinates
+# Boxes compared in one step: 4 MiB of coordinates. The host waits for a GPU once in each step.
+_AT_ONCE, _AT_ONCE_ON_GPU = 2**18, 2**24
 
 
 @torch.no_grad()
-def find_overlaps(gt_boxes: Boxes, boxes: Boxes) -> Tensor:
-    """What detectron2's ``pairwise_iou`` gives, without the pairs that do not overlap.
+def find_overlaps(gt_boxes: list[Boxes], boxes: Tensor) -> Tensor:
+    """What detectron2's ``pairwise_iou`` gives in each image, without pairs that do not overlap.
 
     Anchors and the boxes predicted from them lie near the neighbours in their list, so that most
     blocks of 64 in a row are passed over as a whole. A crowd's matrix has a few percent of
-    the entries of a dense one.
+    the entries of a dense one. The host waits for a GPU as often for a batch as for an image.
 
     Args:
-        gt_boxes: G boxes, in pixels.
-        boxes: A boxes; in any order, but it is fast where neighbours in the list are neighbours in
-            the image.
+        gt_boxes: of each of N images, G in all, in pixels.
+        boxes: of each image, (N, R, 4), or (1, R, 4) if all have the same; in any order, but it is
+            fast where neighbours in the list are neighbours in the image.
 
     Returns:
-        (G, A) sparse COO, coalesced, of the boxes' dtype.
+        (G, N * R) sparse COO, coalesced, of the boxes' dtype; R columns an image.
     """
-    num_gts, num_boxes = len(gt_boxes), len(boxes)
-    missing = -num_boxes % _BLOCK
-    blocks = pad(boxes.tensor, (0, 0, 0, missing)).reshape(-1, _BLOCK, 4)
-    areas = pad(boxes.area(), (0, missing)).reshape(-1, _BLOCK)
-    gt_areas = gt_boxes.area()
+    num_images, (num_sets, num_boxes, _) = len(gt_boxes), boxes.shape
+    blocks = pad(boxes, (0, 0, 0, -num_boxes % _BLOCK)).reshape(num_sets, -1, _BLOCK, 4)
+    extents = torch.cat([blocks[..., :2].amin(dim=2), blocks[..., 2:].amax(dim=2)], dim=2)
+    near = [
+        _intersect(of_image.tensor[:, None], extent) > 0
+        for of_image, extent in zip(gt_boxes, extents.expand(num_images, -1, -1), strict=True)
+    ]
+    near = torch.cat(near).nonzero().t()
+
+    gts = Boxes.cat(gt_boxes)
+    images = [near.new_full((len(of_image),), i) for i, of_image in enumerate(gt_boxes)]
+    images = torch.cat(images)
+    gt_areas, areas = gts.area(), Boxes(blocks.reshape(-1, 4)).area().reshape(blocks.shape[:3])
+    at_once = _AT_ONCE if boxes.device.type == "cpu" else _AT_ONCE_ON_GPU
     indices, ious = [], []
-    extents = torch.cat([blocks[..., :2].amin(dim=1), blocks[..., 2:].amax(dim=1)], dim=1)
-    near = (_intersect(gt_boxes.tensor[:, None], extents) > 0).nonzero()
-    for gts, chosen in zip(*(i.split(_AT_ONCE // _BLOCK) for i in near.t()), strict=True):
-        shared = _intersect(gt_boxes.tensor[gts, None], blocks[chosen])
+    for gt, block in near.split(at_once // _BLOCK, dim=1):
+        image = images[gt]
+        chosen = image % num_sets, block
+        shared = _intersect(gts.tensor[gt, None], blocks[chosen])
         pair, place = (shared > 0).nonzero().t()
-        ious.append((shared / (gt_areas[gts, None] + areas[chosen] - shared))[pair, place])
-        indices.append(torch.stack([gts[pair], chosen[pair] * _BLOCK + place]))
+        ious.append((shared / (gt_areas[gt, None] + areas[chosen] - shared))[pair, place])
+        columns = image * num_boxes + block * _BLOCK
+        indices.append(torch.stack([gt[pair], columns[pair] + place]))
     return torch.sparse_coo_tensor(
         torch.cat(indices, dim=1),
         torch.cat(ious),
-        (num_gts, num_boxes),
+        (len(gts), num_images * num_boxes),
         is_coalesced=True,
         check_invariants=False,
     )

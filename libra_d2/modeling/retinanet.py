@@ -182,19 +182,19 @@ class LibraRetinaNet(RetinaNet):
         anchors = Boxes.cat(anchors).tensor
         logits, deltas = cat(pred_logits, dim=1), cat(pred_anchor_deltas, dim=1)
         labels, gt_boxes = torch.stack(gt_labels), torch.stack(gt_boxes)
-        num_positives = self._is_positive(labels).sum().item()
-        get_event_storage().put_scalar("num_pos_anchors", num_positives / len(labels))
-        normalizer = self._ema_update("loss_normalizer", max(num_positives, 1), 100)
+        own_labels = [labels] if box_targets is None else [labels, torch.stack(box_targets[0])]
+        counts = torch.stack([self._is_positive(own).sum() for own in own_labels]).tolist()
+        get_event_storage().put_scalar("num_pos_anchors", counts[0] / len(labels))
+        normalizer = self._ema_update("loss_normalizer", max(counts[0], 1), 100)
         loss_cls = self.classification_loss(anchors, logits, labels, deltas, gt_boxes)
         losses = {"loss_cls": loss_cls / normalizer}
         if box_targets is not None:
-            labels, gt_boxes = (torch.stack(images) for images in box_targets)
-            num_positives = self._is_positive(labels).sum().item()
-            normalizer = self._ema_update("box_loss_normalizer", max(num_positives, 1), 100)
+            labels, gt_boxes = own_labels[1], torch.stack(box_targets[1])
+            normalizer = self._ema_update("box_loss_normalizer", max(counts[1], 1), 100)
         box_losses = self.box_reg_losses(anchors, labels, deltas, gt_boxes)
         losses["loss_box_reg"] = box_losses.sum() / normalizer * self.box_reg_loss_weight
         if self.carl is not None:
-            positives = self._is_positive(labels)
+            positives = self._is_positive(labels).nonzero(as_tuple=True)
             probs = logits[positives].float().sigmoid().gather(1, labels[positives].unsqueeze(1))
             loss_carl = carl_loss(
                 probs.squeeze(1), box_losses, normalizer=normalizer, **asdict(self.carl)
@@ -225,8 +225,7 @@ class LibraRetinaNet(RetinaNet):
         self, anchors: Tensor, logits: Tensor, labels: Tensor, deltas: Tensor, gt_boxes: Tensor
     ) -> Tensor:
         """ISR-P's weight of each anchor in the classification loss, (N, R); 1 for negatives."""
-        positives = self._is_positive(labels)
-        images, slots = positives.nonzero(as_tuple=True)
+        positives = images, slots = self._is_positive(labels).nonzero(as_tuple=True)
         classes, gt_boxes = labels[positives], gt_boxes[positives]
         boxes = self.box2box_transform.apply_deltas(deltas[positives], anchors[slots])
         # The same box in the same image is the same ground truth.
@@ -255,8 +254,8 @@ class LibraRetinaNet(RetinaNet):
             deltas: (N, R, 4).
             gt_boxes: (N, R, 4) in pixels; read for positives only.
         """
-        positives = self._is_positive(labels)
-        sources = anchors.expand_as(gt_boxes)[positives]
+        positives = self._is_positive(labels).nonzero(as_tuple=True)
+        sources = anchors[positives[1]]
         return self.box_loss(
             self.box2box_transform, deltas[positives], sources, gt_boxes[positives]
         )

@@ -167,9 +167,9 @@ class LibraRPN(RPN):
             ``loss_rpn_cls`` and ``loss_rpn_loc``, scalars.
         """
         labels, gt_boxes = torch.stack(gt_labels), torch.stack(gt_boxes)
-        positives, sampled = labels == 1, labels >= 0
-        counts = torch.stack([positives.sum(), sampled.sum()])
-        num_positives, num_sampled = counts.tolist()
+        positives = (labels == 1).nonzero(as_tuple=True)
+        sampled = (labels >= 0).nonzero(as_tuple=True)
+        num_positives, num_sampled = len(positives[0]), len(sampled[0])
         storage = get_event_storage()
         storage.put_scalar("rpn/num_pos_anchors", num_positives / len(labels))
         storage.put_scalar("rpn/num_neg_anchors", (num_sampled - num_positives) / len(labels))
@@ -182,7 +182,7 @@ class LibraRPN(RPN):
         box_losses = self.box_loss(
             self.box2box_transform,
             cat(pred_anchor_deltas, dim=1)[positives],
-            Boxes.cat(anchors).tensor.expand_as(gt_boxes)[positives],
+            Boxes.cat(anchors).tensor[positives[1]],
             gt_boxes[positives],
         )
         normalizer = self.batch_size_per_image * len(labels)
