@@ -142,6 +142,18 @@ def test_where_images_are_kept_makes_no_other_result(data, tmp_path):
     assert [run.hashes for run in list_runs(plan, tmp_path)] == before
 
 
+def test_a_run_is_what_solver_fast_comes_to(data, tmp_path, monkeypatch):
+    plan = read_plan(str(PLANS[0]))
+    plan.data, plan.seeds, plan.opts = Data(train=data, test=data), [1], ["SOLVER.FAST", True]
+    fast = {"SOLVER.AMP.ENABLED": True}
+    monkeypatch.setattr(plans, "choose_speed", lambda cfg: fast)
+    before = [run.hashes for run in list_runs(plan, tmp_path)]
+    fast["SOLVER.KEEP_MEMORY"] = True
+    assert [run.hashes for run in list_runs(plan, tmp_path)] == before
+    fast["SOLVER.AMP.ENABLED"] = False  # a machine that it is slow on
+    assert all(run.hashes not in before for run in list_runs(plan, tmp_path))
+
+
 def test_folds_hold_each_image_out_once(data, tmp_path):
     plan = read_plan(str(PLANS[0]))
     plan.data, plan.seeds = Data(all=data, folds=4), [1, 2, 3, 4]

@@ -12,17 +12,21 @@ import msgspec
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from libra_d2.config import set_key
 from libra_d2.data.sources import is_source, open_source
 from libra_d2.data.splits import make_folds
 
 from .config_file import load_config
 from .own_data import take_from_data
+from .speed import choose_speed
 
 __all__ = ["ROOT", "Data", "Plan", "Run", "check_unmixed", "list_runs", "read_plan"]
 
 ROOT = Path(__file__).resolve().parents[2]
 # What makes a run the same as another.
 _IDENTITY = ("code", "config", "data", "seed")
+# Of what SOLVER.FAST comes to on a machine.
+_CHANGES_NOTHING = ("DATALOADER.NUM_WORKERS", "DATALOADER.PIN_MEMORY", "SOLVER.KEEP_MEMORY")
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True):
@@ -144,6 +148,9 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
             content.defrost()
             content.OUTPUT_DIR, content.SEED = "", 0
             content.DATALOADER.CACHE = ""  # which changes nothing
+            for key, value in choose_speed(cfg).items():
+                if key not in _CHANGES_NOTHING:
+                    set_key(content, key, value)
             content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
             hashes = {"code": code, "config": _hash(content.dump()), "data": data[train, test]}
             command = ("--config-file", config, "--train", train, "--val", test)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 from functools import cache
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -14,7 +15,14 @@ from torch.utils.benchmark import Timer
 from libra_d2.config import choose, set_key
 from libra_d2.modeling.roi_align import ROI_ALIGNS, use_roi_align
 
-__all__ = ["amp_dtype", "fuse", "keep_memory", "prepare_model", "settle_speed"]
+__all__ = [
+    "amp_dtype",
+    "choose_speed",
+    "fuse",
+    "keep_memory",
+    "prepare_model",
+    "settle_speed",
+]
 
 # Of mallopt (malloc.h), with what they are set to: no block from the kernel alone, none given back,
 # and 64 MiB asked for at a time.
@@ -24,7 +32,16 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def settle_speed(cfg: CfgNode) -> None:
-    """With ``SOLVER.FAST`` sets what makes a training faster here, in place, and tells it.
+    """Sets what :func:`choose_speed` gives, in place, and tells it."""
+    chosen = choose_speed(cfg)
+    for key, value in chosen.items():
+        set_key(cfg, key, value)
+    if chosen:
+        print(f"SOLVER.FAST: {', '.join(f'{key} {value}' for key, value in chosen.items())}")
+
+
+def choose_speed(cfg: CfgNode) -> dict[str, Any]:
+    """The keys, and their values, that ``SOLVER.FAST`` comes to here; none without it.
 
     On a GPU: mixed precision, in bfloat16 where it has it, TF32, channels last, a fused optimizer;
     images are resized by torch, pinned, and loaded by as many workers as there are cores for it.
@@ -33,7 +50,7 @@ def settle_speed(cfg: CfgNode) -> None:
     anyway. Few workers load for it, as its cores are at work.
     """
     if not cfg.SOLVER.FAST:
-        return
+        return {}
     on_cpu = cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()
     chosen = {"SOLVER.FUSED": True, "INPUT.RESIZE": "torch", "MODEL.CHANNELS_LAST": True}
     if cfg.DATALOADER.NUM_WORKERS == _DETECTRON2S_WORKERS:  # nobody has chosen another number
@@ -48,9 +65,7 @@ def settle_speed(cfg: CfgNode) -> None:
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         chosen |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype}
         chosen |= {"FLOAT32_PRECISION": "high", "DATALOADER.PIN_MEMORY": True}
-    for key, value in chosen.items():
-        set_key(cfg, key, value)
-    print(f"SOLVER.FAST: {', '.join(f'{key} {value}' for key, value in chosen.items())}")
+    return chosen
 
 
 def _num_workers(on_cpu: bool) -> int:
