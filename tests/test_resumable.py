@@ -1,5 +1,6 @@
 """Runs that are interrupted, and go on as if they had not been."""
 
+import gc
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from functools import partial
 
 import pytest
 from runs import LIBRA, RETINANET, at_iteration, files, model_of, same_weights, send
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from toys import CONFIGS, SMALL, toy_opts
 
 from libra_d2.engine import LibraTrainer
@@ -217,3 +219,24 @@ class TestSignals:
         at_iteration(monkeypatch, 3, twice)
         assert run() == 130
         assert capsys.readouterr().err.strip().endswith("interrupted")
+
+
+def test_no_process_that_loads_is_left_to_the_garbage_collector(run, monkeypatch):
+    """It would not be told to end, and be waited for, for five seconds of every run."""
+    shut_down, is_collecting = [], []
+    end = _MultiProcessingDataLoaderIter._shutdown_workers
+
+    def record(loader):
+        shut_down.append(bool(is_collecting))
+        end(loader)
+
+    def follow(phase, info):
+        is_collecting.append(1) if phase == "start" else is_collecting.clear()
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_shutdown_workers", record)
+    gc.callbacks.append(follow)
+    try:
+        assert run("DATALOADER.NUM_WORKERS", 1, iterations=2, score=True) == 0
+    finally:
+        gc.callbacks.remove(follow)
+    assert shut_down and not any(shut_down)
