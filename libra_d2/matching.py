@@ -5,7 +5,7 @@ ACCV 2020, section 3.
 
 Shape shorthand in this module:
 
-    G: number of ground truths of an image
+    G: number of ground truths of an image, or of several whose anchors are told apart
     A: number of anchors
     P: number of pairs of them that overlap, a few percent of G times A
 """
@@ -157,12 +157,12 @@ class _Pairs:
         return cls(*matrix.indices(), matrix.values(), tuple(matrix.shape))
 
     def __getitem__(self, chosen: Tensor) -> "_Pairs":
-        """Those at positions, or of a mask, which is searched once."""
-        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen
+        """Those of a mask, which is searched once."""
+        chosen = chosen.nonzero()[:, 0]
         return _Pairs(self.gts[chosen], self.anchors[chosen], self.values[chosen], self.shape)
 
     def own(self, at_least: float = 0.0) -> "_Pairs":
-        """Those pairs in which an anchor is with its best ground truth; some others have value 0.
+        """The pairs in which an anchor is with its best ground truth, and some others of value 0.
 
         Before that, the best anchor of each ground truth counts 1.
 

@@ -163,6 +163,12 @@ class TestNoObjectIsLeftOut:
         ):
             assert self.positives_of(result, 60).min() >= 1
 
+    def test_by_an_anchor_that_is_another_objects(self):
+        anchor_ious = torch.tensor([[0.0, 0.7, 0.9, 0.0], [0.6, 0.4, 0.2, 0.4]])
+        regressed_ious = torch.tensor([[0.0, 0.5, 0.8, 0.8], [0.8, 0.7, 0.0, 0.9]])
+        matched_gt, labels = localize_to_classify(anchor_ious, regressed_ious)
+        assert matched_gt.tolist() == [1, 1, 0, 1] and labels.tolist() == [-1, 0, 1, 1]
+
     def test_of_the_same_box(self):
         anchor_ious = torch.tensor([[0.6, 0.45, 0.2, 0.1]]).expand(3, -1)
         for result in (

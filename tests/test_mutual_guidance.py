@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from toys import call_losses, make_inputs, one_level, small_retinanet
 
 from libra_d2.matching import classify_to_localize, localize_to_classify
-from libra_d2.modeling import MutualGuidanceMatcher
+from libra_d2.modeling import MutualGuidanceMatcher, mutual_guidance
 
 
 class TestMutualGuidance:
@@ -80,6 +80,15 @@ class TestMutualGuidance:
             ious += regressed_ious[cls_gt, torch.arange(len(anchors))][positive].tolist()
         assert logged["mutual_guidance/agreed_anchors"] == pytest.approx(agreed / 3) and agreed
         assert logged["mutual_guidance/regressed_iou"] == pytest.approx(sum(ious) / len(ious))
+
+    def test_a_batch_as_a_whole_is_labelled_as_one_by_one(self, monkeypatch):
+        numbers = {"num_objects": (3, 0, 1, 7, 0)}
+        one_by_one, logged = self.label(**numbers)[-2:]
+        monkeypatch.setattr(mutual_guidance, "_IMAGES_AT_ONCE", {})  # as on a GPU
+        whole, logged_of_whole = self.label(**numbers)[-2:]
+        for a, b in zip((*one_by_one[:2], *one_by_one[2]), (*whole[:2], *whole[2]), strict=True):
+            assert len(a) == 5 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert logged_of_whole == pytest.approx(logged)
 
     def test_options_come_from_the_config(self):
         opts = ["MODEL.RETINANET.MUTUAL_GUIDANCE.SIGMA", 3.0]

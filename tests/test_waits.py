@@ -7,10 +7,11 @@ from collections import Counter
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import BASELINE, LIBRA, PLAIN, RETINANET, make_inputs, toy_config, train_step
+
+from libra_d2.modeling import mutual_guidance
 
 # Their outcome's size, or what follows, depends on values.
 WAITING = {
@@ -23,7 +24,11 @@ COPYING = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu}
 
 
 class Waits(TorchDispatchMode):
-    """Counts operators, forward and backward."""
+    """Counts operators, forward and backward.
+
+    Not seen: copies to a CPU by ``to``, and one number written by a mask (taken for
+    ``masked_fill``).
+    """
 
     def __init__(self):
         super().__init__()
@@ -52,11 +57,8 @@ class Copies(TorchFunctionMode):
 
 
 def count_waits(config, opts, num_objects):
-    def build(cfg):
-        return build_model(cfg)
-
     with Waits() as waits, Copies(waits.counts):
-        train_step(toy_config(config, *opts), make_inputs(num_objects), build=build)
+        train_step(toy_config(config, *opts), make_inputs(num_objects))
     return +waits.counts
 
 
@@ -83,10 +85,11 @@ class TestTheCount:
 
 
 PISA = "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml"
+GUIDED = "COCO-Detection/mutual_guidance_retinanet_R_50_FPN_1x.yaml"
 LIBRA_PISA = "COCO-Detection/libra_pisa_faster_rcnn_R_50_FPN_1x.yaml"
 
 
-@pytest.mark.parametrize("num_objects", [(3, 2), (3, 2, 1, 4)])
+@pytest.mark.parametrize("num_objects", [(3,), (3, 2), (3, 2, 1, 4)])
 @pytest.mark.parametrize(
     ("config", "plain"),
     [
@@ -96,13 +99,16 @@ LIBRA_PISA = "COCO-Detection/libra_pisa_faster_rcnn_R_50_FPN_1x.yaml"
         (LIBRA_PISA, BASELINE),
         (RETINANET, RETINANET),
         ("Base-Libra-RetinaNet.yaml", RETINANET),
-        ("COCO-Detection/mutual_guidance_retinanet_R_50_FPN_1x.yaml", RETINANET),
+        (GUIDED, RETINANET),
     ],
 )
-def test_no_more_than_detectron2s(config, plain, num_objects):
+def test_no_more_than_detectron2s(config, plain, num_objects, monkeypatch):
+    monkeypatch.setattr(mutual_guidance, "_IMAGES_AT_ONCE", {})  # as on a GPU
     own = count_waits(config, (), num_objects)
     opts = PLAIN if plain == BASELINE else ("MODEL.META_ARCHITECTURE", "RetinaNet")
     theirs = count_waits(plain, opts, num_objects)
     # ISR-N: two pass over the boxes in each image, one reads a number that is on a CPU anyway.
     more = 1 + 2 * len(num_objects) if config in (PISA, LIBRA_PISA) else 0
+    if config == GUIDED and len(num_objects) == 1:
+        more = 3  # of any number of images as many, where detectron2 has three an image
     assert own.total() <= theirs.total() + more, (own, theirs)

@@ -53,8 +53,8 @@ def rehearse(
         start = trainer.start_iter
         if start < trainer.max_iter:
             _step(trainer, cfg)
-            # Its processes end now. Those that the garbage collector finds are not told to, as their
-            # queues are garbage too, and are waited for for five seconds.
+            # Its processes end now. Those that the garbage collector finds are not told to, as
+            # their queues are garbage too, and are waited for for five seconds.
             trainer._trainer.reset_data_loader(lambda: None)
         trainer.model.eval()
         for name in cfg.DATASETS.TEST:

@@ -3,14 +3,11 @@
 import ctypes
 import os
 import platform
-from functools import cache
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from torch import nn
-from torch.nn import functional
-from torch.utils.benchmark import Timer
 
 from libra_d2.config import choose, set_key
 from libra_d2.modeling.roi_align import ROI_ALIGNS, use_roi_align
@@ -46,8 +43,8 @@ def choose_speed(cfg: CfgNode) -> dict[str, Any]:
     On a GPU: mixed precision, in bfloat16 where it has it, TF32, channels last, a fused optimizer;
     images are resized by torch, pinned, and loaded by as many workers as there are cores for it.
     On a CPU the same without TF32 and pinned memory; with mixed precision only where bfloat16 is
-    measured to be faster; ROIAlign is sparse; and memory is kept, which a GPU's allocator does
-    anyway. Few workers load for it, as its cores are at work.
+    faster; ROIAlign is sparse; and memory is kept, which a GPU's allocator does anyway. Few workers
+    load for it, as its cores are at work.
     """
     if not cfg.SOLVER.FAST:
         return {}
@@ -75,31 +72,16 @@ def _num_workers(on_cpu: bool) -> int:
     return min(max(wanted, 1), _MOST_WORKERS)
 
 
-@cache
 def cpu_gains_from_bfloat16() -> bool:
-    """Whether this CPU convolves in bfloat16 in less than three quarters of float32's time.
+    """Whether this CPU convolves faster in bfloat16, by its name and instructions.
 
-    Having instructions for it is not enough: with AVX512-BF16 alone AMD's Zen 4 takes half of the
-    time, and Intel's Sapphire Rapids more than all of it. So it is measured, in half a second. The
-    bound lies far from either, lest two runs on one machine should differ.
+    With AVX512-BF16 and without AMX an AMD EPYC takes half of float32's time, and an Intel Xeon
+    more than all of it (docs/benchmarks.md). To measure it here would be at the mercy of what else
+    is running, and differ between the processes of a run.
     """
-    capabilities = torch.cpu.get_capabilities()
-    if not any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16")):
-        return False
-    return _seconds_to_convolve(torch.bfloat16) < 0.75 * _seconds_to_convolve(torch.float32)
-
-
-def _seconds_to_convolve(dtype: torch.dtype) -> float:
-    """Of a 3x3 convolution of 128 channels of 64x64, forward and backward, in all threads."""
-    form = {"dtype": dtype, "requires_grad": True}
-    images, weight = torch.ones(1, 128, 64, 64, **form), torch.ones(128, 128, 3, 3, **form)
-    images, weight = (x.to(memory_format=torch.channels_last) for x in (images, weight))
-    timer = Timer(
-        "conv2d(images, weight, padding=1).sum().backward()",
-        globals={"conv2d": functional.conv2d, "images": images, "weight": weight},
-        num_threads=torch.get_num_threads(),
-    )
-    return timer.blocked_autorange(min_run_time=0.2).median
+    cpu = torch.cpu.get_capabilities()
+    is_intel = cpu.get("cpu_name", "").startswith("Intel")
+    return cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and not is_intel)
 
 
 def fuse(optimizer: torch.optim.Optimizer) -> None:

@@ -2,13 +2,14 @@
 
 Shape shorthand in this module:
 
-    G: number of ground truths of an image
+    N: number of images
     R: number of anchors of an image
     K: number of classes
 """
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -29,6 +30,10 @@ __all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
 MATCHERS = SwitchRegistry("MATCHERS", ("MODEL.RETINANET.MATCHER",))
 # None: the labels are left to detectron2's own matcher.
 MATCHERS.register(type(None), name="max_iou")
+
+# Others take a batch as a whole: a GPU is then waited for hardly more often than for one image. On
+# a CPU that would only take memory.
+_IMAGES_AT_ONCE = {"cpu": 1}
 
 
 class PredictionMatcher(Protocol):
@@ -105,17 +110,37 @@ class MutualGuidanceMatcher:
             background, and the ground truths these answer to, (R, 4); then the same for box
             regression, where K means that an anchor does not regress.
         """
-        num_images, _, background = logits.shape
+        num_images = len(gt_instances)
+        at_once = _IMAGES_AT_ONCE.get(logits.device.type, num_images)
+        parts = [slice(i, i + at_once) for i in range(0, num_images, at_once)]
+        labelled = [
+            self._label(anchors, logits[part], deltas[part], gt_instances[part], transform)
+            for part in parts
+        ]
+        *targets, numbers = zip(*labelled, strict=True)
+        self._log(torch.stack(numbers).sum(dim=0), num_images)
+        cls_labels, cls_boxes, box_labels, box_boxes = (list(chain(*each)) for each in targets)
+        return cls_labels, cls_boxes, (box_labels, box_boxes)
+
+    def _label(
+        self,
+        anchors: Boxes,
+        logits: Tensor,
+        deltas: Tensor,
+        gt_instances: list[Instances],
+        transform: Box2BoxTransform,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+        """Labels and ground truths of both tasks, and what is logged of them, (3,)."""
         own_boxes = [gt.gt_boxes for gt in gt_instances]
         pred_boxes = [transform.apply_deltas(image, anchors.tensor) for image in deltas]
-        # One matrix for the batch, so that a GPU is waited for as often as for an image.
+        # One matrix for all images: each has rows and columns of its own.
         anchor_ious = find_overlaps(own_boxes, anchors.tensor.unsqueeze(0))
         regressed_ious = find_overlaps(own_boxes, torch.stack(pred_boxes))
         classes = torch.cat([gt.gt_classes for gt in gt_instances])
         gts, columns = anchor_ious.indices()
         scores = torch.sparse_coo_tensor(
             anchor_ious.indices(),
-            logits.flatten(end_dim=1)[columns, classes[gts]].float().sigmoid(),
+            logits.flatten(end_dim=1)[columns, classes.long()[gts]].float().sigmoid(),
             anchor_ious.shape,
             is_coalesced=True,
             check_invariants=False,
@@ -126,21 +151,19 @@ class MutualGuidanceMatcher:
             anchor_ious, scores, sigma=self.sigma, **thresholds
         )
 
+        is_positive = cls_labels == 1
+        num_agreed = (is_positive & (box_labels == 1) & (cls_gt == box_gt)).sum()
         gts, columns = regressed_ious.indices()
-        is_matched = (cls_labels[columns] == 1) & (cls_gt[columns] == gts)
-        self._log(
-            num_images,
-            num_agreed=((cls_labels == 1) & (box_labels == 1) & (cls_gt == box_gt)).sum(),
-            num_positives=(cls_labels == 1).sum(),
-            sum_ious=regressed_ious.values().masked_fill(~is_matched, 0.0).sum(),
+        is_matched = is_positive[columns] & (cls_gt[columns] == gts)
+        sum_ious = regressed_ious.values().masked_fill(~is_matched, 0.0).sum()
+        of_images = partial(_split, gt_instances=gt_instances, background=logits.shape[2])
+        return (
+            *of_images(cls_gt, cls_labels),
+            *of_images(box_gt, box_labels),
+            torch.stack([num_agreed, is_positive.sum(), sum_ious]),
         )
-        of_images = partial(_split, gt_instances=gt_instances, background=background)
-        return (*of_images(cls_gt, cls_labels), of_images(box_gt, box_labels))
 
-    def _log(
-        self, num_images: int, num_agreed: Tensor, num_positives: Tensor, sum_ious: Tensor
-    ) -> None:
-        numbers = torch.stack([num_agreed, num_positives, sum_ious])
+    def _log(self, numbers: Tensor, num_images: int) -> None:
         num_agreed, num_positives, sum_ious = numbers.tolist()
         storage = get_event_storage()
         storage.put_scalar("mutual_guidance/agreed_anchors", num_agreed / num_images)

@@ -182,14 +182,15 @@ class LibraRetinaNet(RetinaNet):
         anchors = Boxes.cat(anchors).tensor
         logits, deltas = cat(pred_logits, dim=1), cat(pred_anchor_deltas, dim=1)
         labels, gt_boxes = torch.stack(gt_labels), torch.stack(gt_boxes)
-        own_labels = [labels] if box_targets is None else [labels, torch.stack(box_targets[0])]
-        counts = torch.stack([self._is_positive(own).sum() for own in own_labels]).tolist()
+        # Of each task, counted in one transfer.
+        all_labels = [labels] if box_targets is None else [labels, torch.stack(box_targets[0])]
+        counts = torch.stack([self._is_positive(each).sum() for each in all_labels]).tolist()
         get_event_storage().put_scalar("num_pos_anchors", counts[0] / len(labels))
         normalizer = self._ema_update("loss_normalizer", max(counts[0], 1), 100)
         loss_cls = self.classification_loss(anchors, logits, labels, deltas, gt_boxes)
         losses = {"loss_cls": loss_cls / normalizer}
         if box_targets is not None:
-            labels, gt_boxes = own_labels[1], torch.stack(box_targets[1])
+            labels, gt_boxes = all_labels[1], torch.stack(box_targets[1])
             normalizer = self._ema_update("box_loss_normalizer", max(counts[1], 1), 100)
         box_losses = self.box_reg_losses(anchors, labels, deltas, gt_boxes)
         losses["loss_box_reg"] = box_losses.sum() / normalizer * self.box_reg_loss_weight
