@@ -112,9 +112,10 @@ class MutualGuidanceMatcher:
         """
         num_images = len(gt_instances)
         at_once = _IMAGES_AT_ONCE.get(logits.device.type, num_images)
+        pred_boxes = torch.stack([transform.apply_deltas(d, anchors.tensor) for d in deltas])
         parts = [slice(i, i + at_once) for i in range(0, num_images, at_once)]
         labelled = [
-            self._label(anchors, logits[part], deltas[part], gt_instances[part], transform)
+            self._label(anchors, logits[part], pred_boxes[part], gt_instances[part])
             for part in parts
         ]
         *targets, numbers = zip(*labelled, strict=True)
@@ -123,19 +124,13 @@ class MutualGuidanceMatcher:
         return cls_labels, cls_boxes, (box_labels, box_boxes)
 
     def _label(
-        self,
-        anchors: Boxes,
-        logits: Tensor,
-        deltas: Tensor,
-        gt_instances: list[Instances],
-        transform: Box2BoxTransform,
+        self, anchors: Boxes, logits: Tensor, pred_boxes: Tensor, gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
         """Labels and ground truths of both tasks, and what is logged of them, (3,)."""
         own_boxes = [gt.gt_boxes for gt in gt_instances]
-        pred_boxes = [transform.apply_deltas(image, anchors.tensor) for image in deltas]
         # One matrix for all images: each has rows and columns of its own.
         anchor_ious = find_overlaps(own_boxes, anchors.tensor.unsqueeze(0))
-        regressed_ious = find_overlaps(own_boxes, torch.stack(pred_boxes))
+        regressed_ious = find_overlaps(own_boxes, pred_boxes)
         classes = torch.cat([gt.gt_classes for gt in gt_instances])
         gts, columns = anchor_ious.indices()
         scores = torch.sparse_coo_tensor(
