@@ -2,6 +2,7 @@
 
 import random
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,20 @@ def test_images_depend_on_seed_and_place_alone(eight):
     assert not are_equal(batches, take(build_train_loader(config("SEED", 2)), 8))
     sizes = {image.shape for batch in batches for _, image in batch}
     assert len(sizes) > 1  # something is random
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_a_batch_of_a_process_takes_one_file_descriptor(eight):
+    def count():
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    opts = "DATALOADER.NUM_WORKERS", 1, "SOLVER.IMS_PER_BATCH", 4
+    batches = iter(build_train_loader(config(*opts)))
+    kept = [next(batches)]
+    before = count()
+    kept += [next(batches) for _ in range(3)]
+    assert count() <= before + 3
+    assert all(len(batch) == 4 for batch in kept)
 
 
 @pytest.mark.parametrize("start", [1, 5])

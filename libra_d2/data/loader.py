@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .cache import use_cache
+from .packing import pack
 from .resize import use_resize
 from .workers import (
     LoadingError,
@@ -145,11 +146,12 @@ class TrainLoader:
         self.bad_images = dict(state["bad_images"])
 
     def __iter__(self) -> Iterator[list[Any]]:
+        from_workers = self.num_workers > 0
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.make_batches(self.start),
             num_workers=self.num_workers,
-            collate_fn=list,
+            collate_fn=pack if from_workers else list,
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             worker_init_fn=obey_the_parent_alone,
             # Not from the numbers that training draws from.
@@ -158,7 +160,7 @@ class TrainLoader:
         num_empty, most_empty = 0, len(self.dataset) // self.batch_size + 1
         for position, batch in enumerate(batches_of(loader), self.start + 1):
             whole = []
-            for image in batch:
+            for image in batch.unpack() if from_workers else batch:
                 if isinstance(image, Unreadable):
                     self._leave_out(image)
                 elif image is not None:

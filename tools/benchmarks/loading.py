@@ -1,22 +1,28 @@
-"""What a process that loads images takes for each."""
+"""What a process that loads images takes for each, and one that trains to receive them."""
 
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from libra_d2.data.cache import CachingMapper
+from libra_d2.data.packing import pack
 from libra_d2.data.resize import use_resize
 from libra_d2.engine import load_config
 
-from .measuring import CONFIGS, measure, show
+from .measuring import CONFIGS, make_inputs, measure, show
 
 _SIZES = (480, 640), (3000, 4000)  # COCO's, and a telephone's
+_LOAD_AHEAD = 0.4  # seconds, in which the next batch is made
 
 
 def benchmark_loading(repeats: int) -> None:
@@ -27,8 +33,37 @@ def benchmark_loading(repeats: int) -> None:
         for size in _SIZES:
             with tempfile.TemporaryDirectory() as folder:
                 _measure_image(size, folder, repeats)
+        for size, num_images in (((320, 416), 4), ((800, 1216), 16)):
+            _measure_passing(size, num_images, repeats)
     finally:
         torch.set_num_threads(threads)
+
+
+def _measure_passing(size: tuple[int, int], num_images: int, repeats: int) -> None:
+    """Batches that wait, made of images in memory by one process."""
+    images = [{**x, "image": x["image"].to(torch.uint8)} for x in make_inputs(size, num_images)]
+    loaders = [
+        iter(DataLoader(images * (repeats + 3), num_images, num_workers=1, collate_fn=collate))
+        for collate in (list, pack)
+    ]
+    seconds = {"by torch, each tensor by itself": [], "packed": []}
+    for _ in range(repeats):
+        for loader, taken in zip(loaders, seconds.values(), strict=True):
+            time.sleep(_LOAD_AHEAD)
+            start = time.perf_counter()
+            batch = _take(loader)
+            taken.append(time.perf_counter() - start)
+            del batch  # not while the next is timed
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    whole = next(iter(medians.values()))
+    rows = [(name, 1000 * s, s / whole) for name, s in medians.items()]
+    title = f"Taking a batch of {num_images} images of {size[0]}x{size[1]} from a loading process"
+    show(title, rows, ("what", "ms", "ratio"))
+
+
+def _take(loader: Iterator) -> list[Any]:
+    batch = next(loader)
+    return batch if isinstance(batch, list) else batch.unpack()
 
 
 def _measure_image(size: tuple[int, int], folder: str, repeats: int) -> None:
