@@ -7,7 +7,9 @@ Shape shorthand in this module:
     K: number of foreground classes
 """
 
+from collections.abc import Collection
 from dataclasses import asdict
+from typing import ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -18,7 +20,7 @@ from detectron2.modeling.roi_heads.fast_rcnn import (
 )
 from detectron2.structures import Instances
 from detectron2.structures.boxes import Boxes, matched_pairwise_iou
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from libra_d2.config import get_key
@@ -27,13 +29,21 @@ from libra_d2.ranking import reweight_positives
 
 from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
 from .pisa import Carl, IsrPositive, log_reweighting
+from .samplers import Sampler
 from .switches import refuse_replaced
 
-__all__ = ["LibraFastRCNNOutputLayers"]
+__all__ = ["LibraFastRCNNOutputLayers", "check_predictor", "replace_predictor"]
 
 
 class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
     """detectron2's output layers, with any box loss, and PISA."""
+
+    # The config keys it reads, and the values that ask for nothing that detectron2 has not.
+    switches: ClassVar[dict[str, Collection]] = {
+        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": DETECTRON2S,
+        "MODEL.PISA.ISR_POSITIVE.ENABLED": (False,),
+        "MODEL.PISA.CARL.ENABLED": (False,),
+    }
 
     @configurable
     def __init__(
@@ -133,7 +143,8 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         else:
             loss_cls = cross_entropy(logits, gt_classes, reduction="mean")
         boxes = *_boxes(proposals), deltas, gt_classes
-        box_losses = self._box_losses(*boxes)
+        foreground = self._foreground(gt_classes)
+        box_losses = self._box_losses(*boxes, foreground)
         if type(self).box_reg_loss is LibraFastRCNNOutputLayers.box_reg_loss:
             loss_box_reg = box_losses.sum() / num_rois
         else:
@@ -141,7 +152,6 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         losses = {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
         factors = dict(self.loss_weight)
         if self.carl is not None:
-            foreground = self._foreground(gt_classes)
             probs = logits[foreground].softmax(dim=1)
             probs = probs.gather(1, gt_classes[foreground].unsqueeze(1)).squeeze(1)
             loss_carl = carl_loss(probs, box_losses, normalizer=num_rois, **asdict(self.carl))
@@ -198,7 +208,8 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
             pred_deltas: (R, 4) class-agnostic or (R, 4 * K).
             gt_classes: (R,) in [0, K], K being background.
         """
-        losses = self._box_losses(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
+        foreground = self._foreground(gt_classes)
+        losses = self._box_losses(proposal_boxes, gt_boxes, pred_deltas, gt_classes, foreground)
         return losses.sum() / max(gt_classes.numel(), 1)
 
     def deltas_of(self, deltas: Tensor, rois: Tensor, classes: Tensor) -> Tensor:
@@ -216,10 +227,14 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         return deltas[rois, classes if deltas.shape[1] > 1 else 0]
 
     def _box_losses(
-        self, proposal_boxes: Tensor, gt_boxes: Tensor, deltas: Tensor, gt_classes: Tensor
+        self,
+        proposal_boxes: Tensor,
+        gt_boxes: Tensor,
+        deltas: Tensor,
+        gt_classes: Tensor,
+        foreground: Tensor,
     ) -> Tensor:
         """Box loss of each foreground ROI, (F, 4) or (F,)."""
-        foreground = self._foreground(gt_classes)
         return self.box_loss(
             self.box2box_transform,
             self.deltas_of(deltas, foreground, gt_classes[foreground]),
@@ -230,6 +245,35 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
     def _foreground(self, gt_classes: Tensor) -> Tensor:
         """Indices of the foreground ROIs, (F,) int64."""
         return ((gt_classes >= 0) & (gt_classes < self.num_classes)).nonzero().squeeze(1)
+
+
+def replace_predictor(predictor: nn.Module, cfg: CfgNode) -> nn.Module:
+    """detectron2's own output layers with this project's losses; any other stay as they are.
+
+    Raises:
+        ValueError: if others are asked for a loss that they don't have.
+    """
+    if type(predictor) is FastRCNNOutputLayers:
+        return LibraFastRCNNOutputLayers.take_over(predictor, cfg)
+    if not isinstance(predictor, LibraFastRCNNOutputLayers):
+        for key, nothing_new in LibraFastRCNNOutputLayers.switches.items():
+            if get_key(cfg, key) not in nothing_new:
+                raise ValueError(
+                    f"{key} {get_key(cfg, key)} needs output layers that are "
+                    f"LibraFastRCNNOutputLayers, got {type(predictor).__name__}"
+                )
+    return predictor
+
+
+def check_predictor(predictor: nn.Module, sampler: Sampler) -> None:
+    """Refuses output layers that cannot give a sampler the predictions it looks at."""
+    if not isinstance(predictor, LibraFastRCNNOutputLayers):
+        raise ValueError(
+            f"{sampler} needs LibraFastRCNNOutputLayers as box_predictor, "
+            f"got {type(predictor).__name__}"
+        )
+    if predictor.use_sigmoid_ce:
+        raise ValueError(f"{sampler} needs the softmax over classes: use_sigmoid_ce False")
 
 
 def _boxes(proposals: list[Instances]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
-    FastRCNNOutputLayers,
     Res5ROIHeads,
     StandardROIHeads,
 )
@@ -20,10 +19,7 @@ from detectron2.modeling.sampling import subsample_labels
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from libra_d2.config import get_key
-
-from .box_losses import DETECTRON2S
-from .fast_rcnn import LibraFastRCNNOutputLayers
+from .fast_rcnn import LibraFastRCNNOutputLayers, check_predictor, replace_predictor
 from .look import Look, LookPooler, can_look
 from .samplers import (
     NEGATIVE_SAMPLERS,
@@ -37,14 +33,6 @@ from .sampling_matcher import SamplingMatcher, needs_predictions
 from .undisturbed import undisturbed
 
 __all__ = ["BalancedSampling", "LibraROIHeads", "LibraRes5ROIHeads"]
-
-
-# Switches that output layers read.
-_OF_THE_PREDICTOR = (
-    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
-    "MODEL.PISA.ISR_POSITIVE.ENABLED",
-    "MODEL.PISA.CARL.ENABLED",
-)
 
 
 class BalancedSampling:
@@ -67,9 +55,7 @@ class BalancedSampling:
     switches: ClassVar[dict[str, Collection]] = {
         "MODEL.ROI_HEADS.POSITIVE_SAMPLER": ("random",),
         "MODEL.ROI_HEADS.NEGATIVE_SAMPLER": ("random",),
-        "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": DETECTRON2S,
-        "MODEL.PISA.ISR_POSITIVE.ENABLED": (False,),
-        "MODEL.PISA.CARL.ENABLED": (False,),
+        **LibraFastRCNNOutputLayers.switches,
     }
 
     # Whether, in a class and not in its subclasses, ``_forward_box`` begins with what ``_predict``
@@ -114,7 +100,7 @@ class BalancedSampling:
             )
         for sampler in (positive_sampler, negative_sampler):
             if needs_predictions(sampler):
-                _check_predictor(sampler, self._predictor())
+                check_predictor(self._predictor(), sampler)
         if self._takes_over() and needs_predictions(self.proposal_matcher):
             self.box_pooler = LookPooler.like(self.box_pooler)
 
@@ -122,9 +108,9 @@ class BalancedSampling:
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
         if "box_predictor" in ret:
-            ret["box_predictor"] = _replace_predictor(cfg, ret["box_predictor"])
+            ret["box_predictor"] = replace_predictor(ret["box_predictor"], cfg)
         if "box_predictors" in ret:
-            ret["box_predictors"] = [_replace_predictor(cfg, p) for p in ret["box_predictors"]]
+            ret["box_predictors"] = [replace_predictor(p, cfg) for p in ret["box_predictors"]]
         return {
             **ret,
             "positive_sampler": POSITIVE_SAMPLERS.make("MODEL.ROI_HEADS.POSITIVE_SAMPLER", cfg),
@@ -290,31 +276,6 @@ class LibraRes5ROIHeads(BalancedSampling, Res5ROIHeads):
         boxes = [p.proposal_boxes for p in proposals]
         pooled = self._shared_roi_transform([features[f] for f in self.in_features], boxes)
         return self.box_predictor(pooled.mean(dim=[2, 3]))
-
-
-def _check_predictor(sampler: Sampler, predictor: nn.Module) -> None:
-    """Refuses output layers that cannot give a sampler the predictions it looks at."""
-    if not isinstance(predictor, LibraFastRCNNOutputLayers):
-        raise ValueError(
-            f"{sampler} needs LibraFastRCNNOutputLayers as box_predictor, "
-            f"got {type(predictor).__name__}"
-        )
-    if predictor.use_sigmoid_ce:
-        raise ValueError(f"{sampler} needs the softmax over classes: use_sigmoid_ce False")
-
-
-def _replace_predictor(cfg, predictor: nn.Module) -> nn.Module:
-    """detectron2's own output layers with this project's losses; any other stay as they are."""
-    if type(predictor) is FastRCNNOutputLayers:
-        return LibraFastRCNNOutputLayers.take_over(predictor, cfg)
-    if not isinstance(predictor, LibraFastRCNNOutputLayers):
-        for key in _OF_THE_PREDICTOR:
-            if get_key(cfg, key) not in BalancedSampling.switches[key]:
-                raise ValueError(
-                    f"{key} {get_key(cfg, key)} needs output layers that are "
-                    f"LibraFastRCNNOutputLayers, got {type(predictor).__name__}"
-                )
-    return predictor
 
 
 def _range(start: int, instances: Instances) -> Tensor:
