@@ -1,7 +1,7 @@
 """Loaders: the order of images, what is random in them, and images that can't be read."""
 
 import random
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,26 @@ def test_images_depend_on_seed_and_place_alone(eight):
     assert not are_equal(batches, take(build_train_loader(config("SEED", 2)), 8))
     sizes = {image.shape for batch in batches for _, image in batch}
     assert len(sizes) > 1  # something is random
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_what_comes_from_a_process_is_whole(tiny, mask_format):
+    data = "DATASETS.TRAIN", ("tiny",), "MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", mask_format
+    batches, others = (
+        list(islice(build_train_loader(config(*data, "DATALOADER.NUM_WORKERS", number)), 3))
+        for number in (0, 1)
+    )
+    for image, other in zip(chain(*batches), chain(*others), strict=True):
+        assert image.keys() == other.keys()
+        fields, also = (x["instances"].get_fields() for x in (image, other))
+        assert torch.equal(fields["gt_boxes"].tensor, also["gt_boxes"].tensor)
+        assert torch.equal(fields["gt_classes"], also["gt_classes"])
+        masks, too = fields["gt_masks"], also["gt_masks"]
+        assert type(masks) is type(too) and len(masks) > 0
+        if mask_format == "bitmask":
+            assert torch.equal(masks.tensor, too.tensor)
+        else:
+            np.testing.assert_equal(masks.polygons, too.polygons)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
