@@ -28,7 +28,7 @@ class PackedBatch:
     Args:
         content: the batch without its tensors, pickled.
         places: of each tensor, where it begins in the block, its dtype and its shape.
-        block: uint8, in shared memory.
+        block: uint8, in shared memory or, once it has arrived, pinned.
     """
 
     content: bytes
