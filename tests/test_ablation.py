@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import yaml
 from formats import make_coco
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from scipy import stats
 from toys import CONFIGS, TOY, run_tool
 
@@ -53,7 +55,7 @@ class TestStatistics:
         assert 0.92 <= hits / 400 <= 0.98
 
     def test_bootstrap(self, tmp_path):
-        """A model that finds two thirds of the objects against one that finds all."""
+        """A model that finds two thirds of the objects against one that finds all, and nothing."""
         rng = np.random.default_rng(0)
         images = [{"id": i, "height": 100, "width": 100, "file_name": "x"} for i in range(1, 31)]
         annotations = [
@@ -74,14 +76,43 @@ class TestStatistics:
             for a in annotations
         ]
         most = [r for i, r in enumerate(results) if i % 3]
-        files = [tmp_path / name for name in ("truth.json", "all.json", "most.json")]
-        for file, content in zip(files, (truth, results, most), strict=True):
+        files = [tmp_path / f"{name}.json" for name in ("truth", "all", "most", "none")]
+        for file, content in zip(files, (truth, results, most, []), strict=True):
             file.write_text(json.dumps(content))
-        found = bootstrap_images(*files, num_resamples=50)
+        found = bootstrap_images(*files[:3], num_resamples=50)
         assert 20 < found.mean < 50 and found.low < found.mean < found.high
         assert found.excludes_zero and found.over == "images"
         same = bootstrap_images(files[0], files[1], files[1], num_resamples=10)
         assert (same.mean, same.low, same.high) == (0, 0, 0)
+        assert bootstrap_images(files[0], files[1], files[3], num_resamples=2).low == 100
+
+        drawn = [average_precision_of_copies(truth, most, range(30))]
+        rng = np.random.default_rng(7)
+        drawn += [
+            average_precision_of_copies(truth, most, rng.integers(30, size=30)) for _ in range(3)
+        ]
+        found = bootstrap_images(files[0], files[2], files[3], num_resamples=3, seed=7)
+        assert found.mean == pytest.approx(drawn[0])
+        assert (found.low, found.high) == pytest.approx(np.quantile(drawn[1:], (0.025, 0.975)))
+
+
+def average_precision_of_copies(truth, results, images):
+    """pycocotools' AP on a data set of copies of these images."""
+    content = {"categories": truth["categories"], "images": [], "annotations": []}
+    found = []
+    for new, old in enumerate(images, start=1):
+        content["images"].append(truth["images"][old] | {"id": new})
+        for kind, copies in ((truth["annotations"], content["annotations"]), (results, found)):
+            copies += [a | {"image_id": new} for a in kind if a["image_id"] == old + 1]
+    content["annotations"] = [a | {"id": i} for i, a in enumerate(content["annotations"], start=1)]
+    coco = COCO()
+    coco.dataset = content
+    coco.createIndex()
+    evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return 100 * evaluation.stats[0]
 
 
 def results(**rows):
