@@ -9,7 +9,7 @@ from formats import make_coco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import stats
-from toys import CONFIGS, TOY, run_tool
+from toys import CONFIGS, TOY, load_tool, run_tool
 
 from libra_d2.engine import plan as plans
 from libra_d2.engine.comparison import compare, make_table, plot, read_results, write_csv
@@ -151,6 +151,29 @@ def test_tables_are_made_from_the_csv(tmp_path):
     plot([base, better], "bbox/AP", tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
     assert not Difference(1.0, -0.5, 2.5).excludes_zero
+
+
+def test_tables_show_what_is_finished_so_far(data, tmp_path):
+    ablate, plan = load_tool("ablate.py"), read_plan(str(PLANS[0]))
+    plan.data = Data(train=data, test=data)
+    base, *others = list(plan.rows)
+    runs = list_runs(plan, tmp_path)
+    finish(runs, others[0], 1)
+    ablate.write_tables(tmp_path / "plan", plan, runs)
+    assert not list(tmp_path.glob("plan.*"))  # nothing to compare with yet
+    finish(runs, base, 1)
+    ablate.write_tables(tmp_path / "plan", plan, runs)
+    table = (tmp_path / "plan.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == [f"| {base}", f"| {others[0]}"]
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def finish(runs, row, seed):
+    """Leaves the result of a run where it would be once it is finished."""
+    (run,) = (run for run in runs if (run.row, run.seed) == (row, seed))
+    run.folder.mkdir(parents=True)
+    (result,) = results(**{row: [50.0]})
+    run.file.write_text(json.dumps({**result, "seed": seed, **run.hashes}))
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)

@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import importlib.util
 import inspect
 import re
 
@@ -10,7 +9,7 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
-from toys import BASELINE, CONFIGS, small_config, train_step
+from toys import BASELINE, CONFIGS, load_tool, small_config, train_step
 
 from libra_d2 import config, modeling
 from libra_d2.config import add_libra_config, list_keys
@@ -48,11 +47,7 @@ def test_the_examples_train(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tool():
-    file = CONFIGS.parent / "tools" / "config_reference.py"
-    spec = importlib.util.spec_from_file_location("config_reference", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("config_reference.py")
 
 
 class TestConfigReference:

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import io
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 from detectron2.modeling import build_model
@@ -130,11 +130,17 @@ def make_inputs(num_objects=(3, 0, 1), size=(96, 128), masks=False) -> list[dict
     return inputs
 
 
-def run_tool(name: str, *args) -> SimpleNamespace:
-    """Runs a program of tools/ in this process: ``returncode``, ``stdout`` and ``stderr``."""
+def load_tool(name: str) -> ModuleType:
+    """A program of tools/ as a module."""
     spec = importlib.util.spec_from_file_location(name[:-3], CONFIGS.parent / "tools" / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def run_tool(name: str, *args) -> SimpleNamespace:
+    """Runs a program of tools/ in this process: ``returncode``, ``stdout`` and ``stderr``."""
+    module = load_tool(name)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -7,8 +7,8 @@ python tools/ablate.py tools/plans/libra_parts.yaml --train voc:mine:train --tes
 
 It goes on where it was interrupted: finished runs are kept, one that was under way goes on from its
 last checkpoint.
-OUTPUT gets PLAN.csv (a line a run), PLAN.md and PLAN.png. A run that a .csv there has, of this plan
-or another, is not made again.
+OUTPUT gets PLAN.csv (a line a run), PLAN.md and PLAN.png, anew after each run. A run that a .csv
+there has, of this plan or another, is not made again.
 """
 
 import argparse
@@ -29,8 +29,8 @@ import torch
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
 from libra_d2.checkpoint import write_whole
 from libra_d2.engine.ablation import find_detections, run_all
-from libra_d2.engine.comparison import compare, make_table, plot, read_results, write_csv
-from libra_d2.engine.plan import Data, Run, check_unmixed, list_runs, read_plan
+from libra_d2.engine.comparison import Line, compare, make_table, plot, read_results, write_csv
+from libra_d2.engine.plan import Data, Plan, Run, check_unmixed, list_runs, read_plan
 from libra_d2.engine.run import one_sentence_errors
 
 ONE_SEED = (
@@ -73,6 +73,26 @@ def keep_results(
         write_whole(str(csv_file), lambda file: write_csv(ordered, Path(file)))
 
 
+def write_tables(
+    place: Path, plan: Plan, runs: Sequence[Run], detections: dict | None = None
+) -> list[Line]:
+    """Writes what the finished runs show, as Markdown and as a picture, once there is a baseline.
+
+    Args:
+        place: of the files, without their endings.
+        plan: what is compared with what.
+        runs: of the plan.
+        detections: as :func:`libra_d2.engine.comparison.compare` takes them.
+    """
+    results = [result for run in runs if (result := run.result())]
+    lines = compare(results, plan.metric, plan.baseline, detections)
+    if lines and lines[0].row == plan.baseline:
+        table = make_table(lines, plan.metric)
+        write_whole(f"{place}.md", lambda file: Path(file).write_text(table))
+        write_whole(f"{place}.png", lambda file: plot(lines, plan.metric, Path(file)))
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -110,12 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.closing(run_all(runs, args.jobs)) as finished:
             for _ in finished:
                 keep_results(csv_file, earlier, runs, list(plan.rows))
-        results = [run.result() for run in runs]
-        lines = compare(results, plan.metric, plan.baseline, find_detections(runs))
-        table = make_table(lines, plan.metric)
-        write_whole(str(output / f"{name}.md"), lambda file: Path(file).write_text(table))
-        plot(lines, plan.metric, output / f"{name}.png")
-    print(table)
+                write_tables(output / name, plan, runs)
+        lines = write_tables(output / name, plan, runs, find_detections(runs))
+    print(make_table(lines, plan.metric))
     if any(line.num_seeds == 1 for line in lines):
         print(ONE_SEED)
     print(f"wrote {output}/{name}.csv, {name}.md and {name}.png")

@@ -70,7 +70,7 @@ def compare(
     Args:
         results: of runs, as :func:`read_results` gives them.
         metric: what is compared, such as "bbox/AP".
-        baseline: the row to compare with.
+        baseline: the row to compare with; without results of it there are no differences.
         detections: of (row, seed), the files of its detections and of the annotations they were
             scored on; where a row has one seed, the interval is then one over images.
     """
@@ -83,7 +83,7 @@ def compare(
         names = [name for name in names if all(name in r for r in own.values())]
         values = {name: np.array([r[name] for r in own.values()]) for name in names}
         deviation = {n: float(v.std(ddof=1)) if len(v) > 1 else np.nan for n, v in values.items()}
-        shared = sorted(own.keys() & by_row[baseline].keys())
+        shared = sorted(own.keys() & by_row.get(baseline, {}).keys())
         difference = None
         if row != baseline and shared:
             pairs = [[side[s][metric] for s in shared] for side in (own, by_row[baseline])]
@@ -156,4 +156,4 @@ def plot(lines: Sequence[Line], metric: str, path: Path) -> None:
     for axes in (left, right):
         axes.ticklabel_format(axis="x", useOffset=False)
     right.set_xlabel(f"difference to {lines[0].row}, 95 % interval")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
