@@ -1,9 +1,11 @@
 """Plans, runs, statistics and tables of ablations."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from formats import make_coco
 from pycocotools.coco import COCO
@@ -11,9 +13,10 @@ from pycocotools.cocoeval import COCOeval
 from scipy import stats
 from toys import CONFIGS, TOY, load_tool, run_tool
 
+from libra_d2.engine import ablation
 from libra_d2.engine import plan as plans
 from libra_d2.engine.comparison import compare, make_table, plot, read_results, write_csv
-from libra_d2.engine.plan import Data, list_runs, read_plan
+from libra_d2.engine.plan import Data, Run, list_runs, read_plan
 from libra_d2.statistics import Difference, bootstrap_images, paired_difference
 
 PLANS = sorted((CONFIGS.parent / "tools" / "plans").glob("*.yaml"))
@@ -153,6 +156,16 @@ def test_tables_are_made_from_the_csv(tmp_path):
     assert not Difference(1.0, -0.5, 2.5).excludes_zero
 
 
+def test_any_metric_can_be_compared(tmp_path):
+    records = [{**r, "bbox/AP-cat": r["bbox/AP"] / 2} for r in results(base=[50.0], better=[52.0])]
+    lines = compare(records, "bbox/AP-cat", "base")
+    table = make_table(lines, "bbox/AP-cat")
+    assert "| AP-cat |" in table and "| better | 1 | 52.0 | 72.0 | 26.0 | +1.0 |" in table
+    plot(lines, "bbox/AP-cat", tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"no metric 'bbox/AP-cot' \(did you mean 'bbox/AP-cat'"):
+        compare(records, "bbox/AP-cot", "base")
+
+
 def test_tables_show_what_is_finished_so_far(data, tmp_path):
     ablate, plan = load_tool("ablate.py"), read_plan(str(PLANS[0]))
     plan.data = Data(train=data, test=data)
@@ -174,6 +187,53 @@ def finish(runs, row, seed):
     run.folder.mkdir(parents=True)
     (result,) = results(**{row: [50.0]})
     run.file.write_text(json.dumps({**result, "seed": seed, **run.hashes}))
+
+
+class TestRuns:
+    """What is done with the folder and the GPUs of a run before it is trained."""
+
+    @pytest.fixture
+    def a_run(self, tmp_path):
+        return Run("a", 1, tmp_path / "runs" / "a", ("--config-file", "x"), "x", {"code": "1"})
+
+    def test_never_goes_on_with_one_of_other_code(self, a_run, monkeypatch):
+        """Not even where the one that took its place ended before its first checkpoint."""
+        monkeypatch.setattr(ablation, "ROOT", Path("/nowhere"))
+        a_run.folder.mkdir(parents=True)
+        (a_run.folder / "model_0000009.pth").touch()
+        (a_run.folder / "hashes.json").write_text('{"code": "0"}')
+        for _ in range(2):
+            with pytest.raises(ValueError, match="failed .*No such file"):
+                list(ablation.run_all([a_run], 1))
+            assert not list(a_run.folder.glob("*.pth"))
+        (a_run.folder / "model_0000009.pth").touch()  # its own
+        with pytest.raises(ValueError, match="failed"):
+            list(ablation.run_all([a_run], 1))
+        assert list(a_run.folder.glob("*.pth"))
+
+    def test_a_training_of_something_else_is_kept(self, a_run):
+        a_run.folder.mkdir(parents=True)
+        (a_run.folder / "model_0000009.pth").touch()
+        with pytest.raises(ValueError, match="holds a training of something else"):
+            list(ablation.run_all([a_run], 1))
+        assert [file.name for file in a_run.folder.iterdir()] == ["model_0000009.pth"]
+
+    @pytest.mark.timeout(60)
+    def test_a_folder_that_cannot_be_made_ends_all(self, a_run):
+        a_run.folder.parent.mkdir()
+        a_run.folder.touch()
+        with pytest.raises(ValueError, match="cannot be written to"):
+            list(ablation.run_all([a_run] * 3, 1))
+
+    def test_gpus_are_those_that_are_visible(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        gpus = [ablation._environment(i, 3)["CUDA_VISIBLE_DEVICES"] for i in range(3)]
+        assert gpus == ["0", "1", "0"]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, 5")
+        gpus = [ablation._environment(i, 3)["CUDA_VISIBLE_DEVICES"] for i in range(3)]
+        assert gpus == ["GPU-a", "5", "GPU-a"]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
@@ -287,6 +347,10 @@ def _stamps(output):
         ("", ("--jobs", "0"), "--jobs must be at least 1"),
         ("", ("--train", "x"), "give --train and --test, or --folds"),
         ("", ("--folds", "x", "y"), "--folds must be a data set and a number"),
+        ("", ("--folds", "digits_vall", "2"), "'digits_vall' is not registered (did you mean"),
+        ("data: {train: digits_vall, test: digits_val}", (), "'digits_vall' is not registered"),
+        ("data: {train: coco_2017_val, test: digits_val}", (), "'coco_2017_val' cannot be read"),
+        ("rows: {a/b: {}, a b: {}}", (), "rows 'a/b' and 'a b' have the same folder"),
     ],
 )
 def test_bad_plans(change, args, match, tmp_path):

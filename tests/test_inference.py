@@ -28,6 +28,10 @@ def image(data):
     return data / "voc" / "JPEGImages" / "000007.jpg"
 
 
+def has_weights(detector):
+    return any(value.any() for value in detector.model.state_dict().values())
+
+
 class TestDetector:
     def test_takes_images_of_every_kind(self, detector, image):
         expected = detector(image)
@@ -108,7 +112,7 @@ class TestDetector:
         ("arguments", "match"),
         [
             ({"path": "nowhere"}, "'nowhere' does not exist; give a run's folder"),
-            ({"path": CONFIGS}, "holds no config.yaml|holds neither model_final.pth"),
+            ({"path": CONFIGS}, "holds no checkpoint that is whole"),
             ({"threshold": 2}, r"threshold must be in \[0, 1\]"),
             ({"classes": ["digit0"]}, r"no class 'digit0' \(did you mean 'digit"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -118,6 +122,22 @@ class TestDetector:
     def test_bad_arguments(self, arguments, match, trained):
         with pytest.raises(ValueError, match=match):
             Detector(**{"path": trained, **arguments})
+
+    def test_the_last_checkpoint_of_a_run(self, trained, tmp_path):
+        """Of one that was extended it is no longer ``model_final.pth``."""
+        run = shutil.copytree(trained, tmp_path / "run")
+        later = torch.load(run / "model_final.pth")
+        for value in later["model"].values():
+            value *= 0
+        torch.save(later, run / "model_0000999.pth")
+        assert has_weights(Detector(run))
+        (run / "last_checkpoint").write_text("model_0000999.pth")
+        assert not has_weights(Detector(run))
+        (run / "last_checkpoint").write_text("../run/model_0000999.pth")
+        with pytest.raises(ValueError, match=r"must name a \.pth file of its folder"):
+            Detector(run)
+        (run / "last_checkpoint").unlink()
+        assert has_weights(Detector(run))
 
     def test_exported_weights(self, trained, image, detector, tmp_path):
         out = tmp_path / "out.safetensors"
@@ -210,9 +230,16 @@ class TestPredict:
         args = ("--overwrite", "--json", mine / "coco" / "annotations.json")
         result = self.predict(trained, name, *args)
         assert result.returncode == 2 and "is read itself" in result.stderr
-        args = ("--overwrite", "--csv", trained / "config.yaml")
-        result = self.predict(trained, name, *args)
-        assert result.returncode == 2 and "a file of a training run" in result.stderr
+        for file in ("config.yaml", "inference/coco_instances_results.json"):
+            result = self.predict(trained, name, "--overwrite", "--csv", trained / file)
+            assert result.returncode == 2 and "a file of a training run" in result.stderr
+
+    def test_a_picture_in_the_folder_of_a_run_is_replaced(self, trained, image):
+        sheet = trained / "sheet.jpg"
+        for flags, code in (((), 0), ((), 2), (("--overwrite",), 0)):
+            result = self.predict(trained, image, "--sheet", sheet, *flags)
+            assert result.returncode == code, result.stderr
+        sheet.unlink()
 
     def test_images_too_narrow_are_skipped(self, trained, tmp_path):
         Image.new("RGB", (3000, 1)).save(tmp_path / "a.png")

@@ -72,7 +72,13 @@ class TestInspect:
         shutil.copy(data / "coco" / "annotations.json", file)
         name = f"coco:{file}:{data}/coco/images"
         before = file.read_bytes()
-        for args in (("--report", file), ("--mend", file), ("--report", "x", "--mend", "x")):
+        mend = ("--mend", file)
+        for args in (
+            ("--report", file),
+            mend,
+            (*mend, "--overwrite"),
+            ("--report", "x", "--mend", "x"),
+        ):
             assert run_tool("inspect_dataset.py", name, *args).returncode == 2, args
         assert file.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["a.json"]
         for _ in range(2):  # a report may be written again

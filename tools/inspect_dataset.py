@@ -19,16 +19,14 @@ silence_known_warnings()
 
 import msgspec
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from libra_d2.checkpoint import write_whole
 from libra_d2.config import suggest
 from libra_d2.data.anchors import anchor_recall
-from libra_d2.data.digits import SPLITS
 from libra_d2.data.inspection import Inspection, find_shared_images, inspect, mend
 from libra_d2.data.report import MARK, make_report
-from libra_d2.data.sources import FORMS, Source, is_source, open_source
+from libra_d2.data.sources import FORMS, open_data
 from libra_d2.engine import load_config
 from libra_d2.engine.run import one_sentence_errors
 
@@ -52,25 +50,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.json")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     return parser
-
-
-def read(name: str) -> Source:
-    """A data set, named in place or registered with a file in COCO's format."""
-    if is_source(name):
-        return open_source(name)
-    names = DatasetCatalog.list()
-    if name not in names:
-        raise ValueError(
-            f"'{name}' is neither a registered data set{suggest(name, names)} nor one of "
-            f"{', '.join(FORMS.values())}"
-        )
-    metadata = MetadataCatalog.get(name)
-    if not metadata.get("json_file"):
-        raise ValueError(f"data set '{name}' has no file in COCO's format to look at")
-    if name in SPLITS:
-        DatasetCatalog.get(name)  # draws it
-    source = open_source(f"coco:{metadata.json_file}:{metadata.image_root}")
-    return Source(name, source.coco, source.image_root, source.json_file)
 
 
 def find_anchors(cfg: CfgNode) -> dict:
@@ -124,7 +103,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--report '{report}' exists and is no such report; give another name")
         opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *args.opts]
         anchors = find_anchors(load_config(args.config_file, opts))
-        sources = [read(name) for name in args.data]
+        sources = [open_data(name) for name in args.data]
+        if args.mend and Path(args.mend).resolve() in map(Path.resolve, sources[0].files):
+            raise ValueError(f"--mend '{args.mend}' is read itself; give the copy another name")
         inspections = [inspect(source) for source in sources]
         recalls = [anchor_recall(source.coco, **anchors).lines() for source in sources]
         shared = find_shared_images(inspections)

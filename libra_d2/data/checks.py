@@ -7,12 +7,10 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from libra_d2.config import suggest
-
 from .coco_json import Coco, is_crowd, is_usual_id, need, need_masks, need_polygons, read_coco
 from .digits import SPLITS
 from .problems import find_box_problems, find_image_problems, find_mask_problems, raise_fatal
-from .sources import FORMS, is_source
+from .sources import check_registered, is_source
 
 __all__ = ["check_dataset"]
 
@@ -44,11 +42,7 @@ def check_dataset(
     Raises:
         ValueError: naming what is wrong and what would be right.
     """
-    if name not in DatasetCatalog.list():
-        raise ValueError(
-            f"data set '{name}' is not registered{suggest(str(name), DatasetCatalog.list())}; "
-            f"name your own in place: {'; '.join(FORMS.values())}"
-        )
+    check_registered(name)
     metadata = MetadataCatalog.get(name)
     try:
         if name in SPLITS:

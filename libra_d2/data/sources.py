@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -20,11 +20,12 @@ from detectron2.data.datasets import load_coco_json
 from libra_d2.config import suggest
 
 from .coco_json import Coco, is_usual_id, read_coco
+from .digits import SPLITS
 from .problems import is_useful
 from .voc import read_voc
 from .yolo import read_yolo
 
-__all__ = ["Source", "is_source", "open_source", "register_source"]
+__all__ = ["Source", "check_registered", "is_source", "open_data", "open_source", "register_source"]
 
 FORMS = {
     "coco": "coco:ANNOTATIONS.json or coco:ANNOTATIONS.json:IMAGES",
@@ -78,6 +79,33 @@ def open_source(name: str) -> Source:
         return Source(name, *read_yolo(file, split), files=(file,))
     except (ValueError, OSError) as error:
         raise ValueError(f"data set '{name}': {error}") from None
+
+
+def open_data(name: str) -> Source:
+    """Reads a data set named in place, or registered with a file in COCO's format.
+
+    Raises:
+        ValueError: naming the data set or file and what is wrong.
+    """
+    if is_source(name):
+        return open_source(name)
+    check_registered(name)
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("json_file"):
+        raise ValueError(f"data set '{name}' has no file in COCO's format to look at")
+    if name in SPLITS:
+        DatasetCatalog.get(name)  # draws it
+    source = open_source(f"coco:{metadata.json_file}:{metadata.image_root}")
+    return replace(source, name=name)
+
+
+def check_registered(name: str) -> None:
+    """Raises ``ValueError`` if a name is none that detectron2 knows."""
+    if name not in DatasetCatalog.list():
+        raise ValueError(
+            f"data set '{name}' is not registered{suggest(str(name), DatasetCatalog.list())}; "
+            f"name your own in place: {'; '.join(FORMS.values())}"
+        )
 
 
 def _coco_parts(rest: str) -> tuple[Path, Path | None]:

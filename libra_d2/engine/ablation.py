@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from libra_d2.metrics import read_metrics
 
+from .output_dir import is_of_a_run
 from .plan import ROOT, Run
 
 __all__ = ["find_detections", "run_all"]
@@ -73,15 +75,11 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
     if stop.is_set():
         return None
     place, start = places.get(), time.time()
-    run.folder.mkdir(parents=True, exist_ok=True)
-    stamp, hashes = run.folder / "hashes.json", json.dumps(run.hashes)
-    is_begun = stamp.is_file() and stamp.read_text() == hashes
-    stamp.write_text(hashes)
-    command = [*run.command[:2], "--resume" if is_begun else "--overwrite", *run.command[2:]]
     try:
-        with open(run.folder / "output.txt", "a" if is_begun else "w") as log:
+        _make_folder(run)
+        with open(run.folder / "output.txt", "a") as log:
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "train_net.py"), *command],
+                [sys.executable, str(ROOT / "train_net.py"), "--resume", *run.command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=_environment(place, jobs),
@@ -106,10 +104,33 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
     return run
 
 
+def _make_folder(run: Run) -> None:
+    """The folder of a run: empty, or with what there is of it so far.
+
+    Raises:
+        ValueError: if it can't be made, or holds a training that is none of a plan's.
+    """
+    stamp, hashes = run.folder / "hashes.json", json.dumps(run.hashes)
+    try:
+        if not stamp.is_file() and is_of_a_run(run.folder):
+            raise ValueError(
+                f"'{run.folder}' holds a training of something else; give other --runs"
+            )
+        if stamp.is_file() and stamp.read_text() != hashes:
+            shutil.rmtree(run.folder)  # never finished, and of other code, config or data
+        run.folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(hashes)
+    except OSError as error:
+        what = error.strerror or error
+        raise ValueError(f"'{run.folder}' cannot be written to: {what}") from error
+
+
 def _environment(place: int, jobs: int) -> dict[str, str]:
     """The environment here, with a GPU or a share of the threads for one of several jobs."""
     if torch.cuda.is_available():
-        own = {"CUDA_VISIBLE_DEVICES": str(place % torch.cuda.device_count())}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else range(torch.cuda.device_count())
+        own = {"CUDA_VISIBLE_DEVICES": str(gpus[place % len(gpus)]).strip()}
     else:
         own = {"OMP_NUM_THREADS": str(_threads(jobs))}
     return {**os.environ, **own}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from libra_d2.config import suggest
 from libra_d2.statistics import Difference, bootstrap_images, paired_difference
 
 __all__ = ["Line", "compare", "make_table", "plot", "read_results", "write_csv"]
@@ -73,14 +74,22 @@ def compare(
         baseline: the row to compare with; without results of it there are no differences.
         detections: of (row, seed), the files of its detections and of the annotations they were
             scored on; where a row has one seed, the interval is then one over images.
+
+    Raises:
+        ValueError: if a result lacks the metric.
     """
+    for result in results:
+        if metric not in result:
+            names = [name for name in result if "/" in name]
+            raise ValueError(
+                f"row '{result['row']}' has no metric '{metric}'{suggest(metric, names)}; it has "
+                f"{', '.join(names)}"
+            )
     rows = dict.fromkeys(r["row"] for r in results)
-    kind = metric.partition("/")[0]
     by_row = {row: {r["seed"]: r for r in results if r["row"] == row} for row in rows}
     lines = []
     for row, own in by_row.items():
-        names = [f"{kind}/{name}" for name in _SHOWN]
-        names = [name for name in names if all(name in r for r in own.values())]
+        names = [name for name in _shown(metric) if all(name in r for r in own.values())]
         values = {name: np.array([r[name] for r in own.values()]) for name in names}
         deviation = {n: float(v.std(ddof=1)) if len(v) > 1 else np.nan for n, v in values.items()}
         shared = sorted(own.keys() & by_row.get(baseline, {}).keys())
@@ -93,10 +102,16 @@ def compare(
                 *(detections or ())
             }
             if len(shared) == 1 and has_detections:
-                difference = _over_images(detections, one, other, kind)
+                difference = _over_images(detections, one, other, metric.partition("/")[0])
         means = {name: float(v.mean()) for name, v in values.items()}
         lines.append(Line(row, len(own), means, deviation, difference))
     return lines
+
+
+def _shown(metric: str) -> list[str]:
+    """The metrics of a table: the usual ones of this one's kind, and itself."""
+    kind = metric.partition("/")[0]
+    return list(dict.fromkeys([*(f"{kind}/{name}" for name in _SHOWN), metric]))
 
 
 def _over_images(detections: dict, one: tuple, other: tuple, iou_type: str) -> Difference:
@@ -106,14 +121,14 @@ def _over_images(detections: dict, one: tuple, other: tuple, iou_type: str) -> D
 
 def make_table(lines: Sequence[Line], metric: str) -> str:
     """A Markdown table; intervals that exclude 0 are bold."""
-    kind = metric.partition("/")[0]
-    names = [name for name in _SHOWN if all(f"{kind}/{name}" in line.means for line in lines)]
-    head = ["row", "seeds", *names, "difference to the first [95 % interval]"]
+    names = [name for name in _shown(metric) if all(name in line.means for line in lines)]
+    heads = [name.partition("/")[2] for name in names]
+    head = ["row", "seeds", *heads, "difference to the first [95 % interval]"]
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in lines:
         cells = []
         for name in names:
-            mean, deviation = (side[f"{kind}/{name}"] for side in (line.means, line.deviations))
+            mean, deviation = line.means[name], line.deviations[name]
             spread = f" ± {deviation:.1f}" if np.isfinite(deviation) else ""
             cells.append(f"{mean:.1f}{spread}")
         text = _difference(line.difference)

@@ -25,6 +25,7 @@ __all__ = [
     "hold_output_dir",
     "is_of_a_run",
     "is_restarted",
+    "is_run_file",
     "replaced_run",
 ]
 
@@ -87,6 +88,12 @@ def replaced_run(
 def is_of_a_run(output: Path) -> bool:
     """Whether a training has, or had, this folder."""
     return (output / _LOCK).exists() or holds_checkpoint(output)
+
+
+def is_run_file(file: Path) -> bool:
+    """Whether a training has left this file, in its folder or that of its evaluation."""
+    folders = (file.parent, file.parent.parent)
+    return any(file in _run_files(folder) for folder in folders if is_of_a_run(folder))
 
 
 def _remove(place: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from libra_d2.config import set_key
-from libra_d2.data.sources import is_source, open_source
+from libra_d2.data.sources import check_registered, is_source, open_data, open_source
 from libra_d2.data.splits import make_folds
 
 from .config_file import load_config
@@ -122,9 +122,14 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
             of them is finished, whatever its row is called.
 
     Raises:
-        ValueError: if a row's config or data are wrong; or if a result in the folder is of other
-            code, config or data.
+        ValueError: if a row's config or data are wrong; if two rows have the same folder; or if a
+            result in the folder is of other code, config or data.
     """
+    places: dict[str, str] = {}
+    for name in plan.rows:
+        other = places.setdefault(_safe(name), name)
+        if other != name:
+            raise ValueError(f"rows '{other}' and '{name}' have the same folder; rename one")
     seeds = sorted({seed for row in plan.rows.values() for seed in row.seeds or plan.seeds})
     splits = _splits(plan.data, seeds, folder)
     same = {tuple(result[key] for key in _IDENTITY): result for result in known}
@@ -208,9 +213,13 @@ def _hash_data(name: str) -> str:
         content, root = msgspec.json.encode(source.coco), source.image_root
         files = [root / (image.file_name or "") for image in source.coco.images]
     else:
-        records = DatasetCatalog.get(name)  # draws an embedded one
-        json_file = MetadataCatalog.get(name).get("json_file")
-        content = Path(json_file).read_bytes() if json_file else repr(records).encode()
+        check_registered(name)
+        try:
+            records = DatasetCatalog.get(name)  # draws an embedded one
+            json_file = MetadataCatalog.get(name).get("json_file")
+            content = Path(json_file).read_bytes() if json_file else repr(records).encode()
+        except OSError as error:
+            raise ValueError(f"data set '{name}' cannot be read: {error}") from error
         files = [Path(record["file_name"]) for record in records]
     sizes = [f"{file.name} {file.stat().st_size}" for file in files if file.is_file()]
     return _hash(content.decode("utf-8", "replace"), *sizes)
@@ -222,7 +231,7 @@ def _splits(data: Data, seeds: Sequence[int], output: Path) -> dict[int, tuple[s
         return dict.fromkeys(seeds, (data.train, data.test))
     if not (data.all and data.folds > 1) or data.train or data.test:
         raise ValueError("data must have train and test, or all and at least two folds")
-    folds = make_folds(open_source(data.all), data.folds, output / "folds")
+    folds = make_folds(open_data(data.all), data.folds, output / "folds")
     return {seed: folds[i % data.folds] for i, seed in enumerate(seeds)}
 
 

@@ -24,7 +24,12 @@ from libra_d2.engine.lazy_config import (
     load_lazy_config,
 )
 from libra_d2.engine.plain_errors import plain_errors
-from libra_d2.engine.weights import WeightsCheckpointer, check_weights, class_names_of
+from libra_d2.engine.weights import (
+    WeightsCheckpointer,
+    check_weights,
+    class_names_of,
+    find_checkpoint,
+)
 from libra_d2.modeling.half import compute_in
 from libra_d2.modeling.roi_align import ROI_ALIGNS, use_roi_align
 
@@ -288,13 +293,12 @@ def _take_classes_from_weights(cfg: CfgNode) -> None:
 
 
 def _last_weights(folder: Path) -> Path:
-    last = folder / "last_checkpoint"
-    candidates = [folder / "model_final.pth"]
-    candidates += [folder / last.read_text().strip()] if last.is_file() else []
-    for file in candidates:
-        if file.is_file():
-            return file
-    raise ValueError(f"'{folder}' holds neither model_final.pth nor another checkpoint")
+    final = folder / "model_final.pth"
+    if final.is_file() and not (folder / "last_checkpoint").is_file():
+        return final
+    if last := find_checkpoint(folder):
+        return Path(last)
+    raise ValueError(f"'{folder}' holds no checkpoint that is whole")
 
 
 def _config_beside(weights: Path) -> Path:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from libra_d2.checkpoint import write_whole
 from libra_d2.drawing import draw, make_sheet
+from libra_d2.engine.output_dir import is_run_file
 
 from .inputs import Images, Item
 from .result import Result
@@ -81,7 +82,7 @@ def _check_file(option: str, path: Path, inputs: set[Path]) -> None:
         raise ValueError(f"{option} '{path}' is a folder")
     if any(path.exists() and file.exists() and path.samefile(file) for file in inputs):
         raise ValueError(f"{option} '{path}' is read itself; it would be lost")
-    if (path.parent / "last_checkpoint").exists() and path.exists():
+    if is_run_file(path):
         raise ValueError(f"{option} '{path}' is a file of a training run; it would be lost")
     endings = {"--sheet": _PICTURES, "--video": (".mp4",)}.get(option)
     if endings and path.suffix.lower() not in endings:
