@@ -218,7 +218,9 @@ def check_output(path: str, overwrite: bool) -> None:
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
     """Raises ``ValueError`` if a file to write is there and may not be replaced, or is a folder."""
-    if os.path.isdir(path) or (os.path.exists(path) and not overwrite):
+    if os.path.isdir(path):
+        raise ValueError(f"'{path}' is a folder; give the name of a file")
+    if os.path.exists(path) and not overwrite:
         raise ValueError(f"'{path}' exists; give --overwrite to replace it")
 
 

@@ -1,4 +1,4 @@
-"""Draws boxes, masks and class names on images, quickly; needs Pillow and numpy alone."""
+"""Draws boxes, masks and class names on images, quickly, with Pillow and a font of matplotlib."""
 
 import colorsys
 import functools

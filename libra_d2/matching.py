@@ -153,8 +153,10 @@ class _Pairs:
 
     @classmethod
     def of(cls, matrix: Tensor) -> "_Pairs":
-        matrix = (matrix if matrix.is_sparse else matrix.to_sparse()).coalesce()
-        return cls(*matrix.indices(), matrix.values(), tuple(matrix.shape))
+        # Two boxes without area have the IoU 0 / 0, which is no overlap.
+        matrix = (matrix if matrix.is_sparse else matrix.nan_to_num(0.0).to_sparse()).coalesce()
+        values = matrix.values().nan_to_num(0.0)
+        return cls(*matrix.indices(), values, tuple(matrix.shape))
 
     def __getitem__(self, chosen: Tensor) -> "_Pairs":
         """Those of a mask, which is searched once."""

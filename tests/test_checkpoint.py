@@ -155,6 +155,9 @@ class TestFiles:
         with pytest.raises(ValueError, match="exists; give --overwrite"):
             write_weights(str(path), {}, {})
         assert path.read_text() == "mine"
+        (tmp_path / "folder.pth").mkdir()
+        with pytest.raises(ValueError, match="folder.pth' is a folder; give the name of a file"):
+            write_weights(str(tmp_path / "folder.pth"), {}, {}, overwrite=True)
         write_weights(str(path), {"a": torch.ones(1)}, {}, overwrite=True)
         assert read_weights(str(path))["model"]["a"] == 1
 

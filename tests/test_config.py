@@ -230,7 +230,7 @@ SIGMOID = ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]
     [
         (LIBRA, ["MODEL.RPN.NEGATIVE_POSITIVE_UB", 0], r"RPN.NEGATIVE_POSITIVE_UB must be -1 \(no"),
         (LIBRA, ["MODEL.RPN.LOSS_NORMALIZER", "mean"], "NORMALIZER 'mean' .*batch_size, sampled"),
-        (LIBRA, ["MODEL.RPN.NEGATIVE_SAMPLER", "ohem"], "OhemSampler.* not for an RPN"),
+        (LIBRA, ["MODEL.RPN.NEGATIVE_SAMPLER", "ohem"], "OhemSampler.* not for MODEL.RPN"),
         (LIBRA, ["MODEL.ROI_HEADS.NEGATIVE_SAMPLER", "score_hlr", *SIGMOID], "ScoreHlr.*softmax"),
         (LIBRA, ["MODEL.ROI_HEADS.POSITIVE_SAMPLER", "ohem", *SIGMOID], "OhemSampler.*softmax"),
         (LIBRA, ["MODEL.PISA.CARL.ENABLED", True, *SIGMOID], "Carl.*needs the softmax"),

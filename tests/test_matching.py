@@ -192,6 +192,20 @@ class TestNoObjectIsLeftOut:
         ):
             assert result[1].tolist() == [1, 0] and result[0][0] == 1
 
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize("is_sparse", [False, True])
+    def test_but_one_without_area(self, is_sparse):
+        """Its IoU with an anchor without area is 0 / 0."""
+        boxes = torch.tensor([[5.0, 5, 5, 5], [0, 0, 8, 8]])
+        anchors = torch.tensor([[5.0, 5, 5, 5], [0, 0, 9, 9]])
+        anchor_ious = box_iou(boxes, anchors)
+        assert anchor_ious[0, 0].isnan()
+        anchor_ious = anchor_ious.to_sparse() if is_sparse else anchor_ious
+        for function in (localize_to_classify, classify_to_localize):
+            matched_gt, labels = function(anchor_ious, anchor_ious)
+            assert labels[1] == 1 and matched_gt[1] == 1
+            assert is_sparse or labels[0] == 0
+
     def test_when_there_are_fewer_anchors_than_objects(self):
         anchor_ious = torch.full((5, 2), 0.6)
         _, labels = localize_to_classify(anchor_ious, anchor_ious)

@@ -21,8 +21,8 @@ from heads import (
 from torch.nn import functional as F
 from toys import BASELINE, make_inputs, small_config
 
-from libra_d2.modeling import OhemSampler, SamplingMatcher
-from libra_d2.modeling.samplers import Predictions
+from libra_d2.modeling import OhemSampler, SamplingMatcher, ScoreHlrSampler
+from libra_d2.modeling.samplers import Matches, Predictions
 
 
 class TestOhem:
@@ -121,6 +121,17 @@ class TestPredictionsOfCandidates:
         sampled = run_heads(*ISR_N, *FEW, *opts)[4]
         assert all(image.has("loss_weights") and len(image) == 32 for image in sampled)
         assert not any(image.has("candidate") for image in sampled)
+
+    def test_isr_n_leaves_the_weights_of_others(self):
+        matches = Matches(
+            ious=torch.tensor([0.9, 0.1, 0.2]),
+            gt_indices=torch.zeros(3).long(),
+            labels=torch.tensor([1, 0, 0], dtype=torch.int8),
+            predictions=Predictions(torch.zeros(3, 11), torch.rand(3, 4), torch.zeros(1).long()),
+            weights=torch.tensor([3.0, 1.0, 1.0]),
+        )
+        kept = ScoreHlrSampler()(matches, matches.labels == 0, 1)
+        assert kept.sum() == 1 and matches.weights[0] == 3.0
 
     def test_of_an_earlier_batch_are_not_used_again(self):
         matcher = SamplingMatcher(

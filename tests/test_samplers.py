@@ -6,7 +6,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from toys import BASELINE, small_config
 
-from libra_d2.modeling import SamplingMatcher
+from libra_d2.modeling import IouBalancedSampler, SamplingMatcher
 
 BALANCED = ("instance_balanced", "iou_balanced")
 
@@ -22,6 +22,10 @@ def make_matcher(positive="instance_balanced", negative="iou_balanced", *opts):
     matcher = build_model(cfg).roi_heads.proposal_matcher
     assert isinstance(matcher, SamplingMatcher)
     return matcher
+
+
+def keep_first(candidates, number):
+    return candidates & (candidates.cumsum(0) <= number)
 
 
 class TestSamplingMatcher:
@@ -47,6 +51,37 @@ class TestSamplingMatcher:
         ious[0, :4] = 0.8
         _, labels = make_matcher()(ious)
         assert (labels == 1).sum() == 4 and (labels == 0).sum() == 36
+
+    def test_negatives_fill_up_what_a_positive_sampler_leaves(self):
+        matcher = SamplingMatcher(
+            Matcher([0.5], [0, 1]),
+            positive_sampler=lambda matches, candidates, num_samples: keep_first(candidates, 2),
+            negative_sampler=IouBalancedSampler(),
+            batch_size_per_image=40,
+            positive_fraction=0.25,
+        )
+        _, labels = matcher(self.ious())
+        assert (labels == 1).sum() == 2 and (labels == 0).sum() == 38
+        matcher.negative_positive_ub = 5
+        _, labels = matcher(self.ious())
+        assert (labels == 1).sum() == 2 and (labels == 0).sum() == 10
+
+    def test_weights_that_nothing_reads_are_refused(self):
+        def weigh(matches, candidates, num_samples):
+            matches.weights = torch.full(candidates.shape, 3.0)
+            return keep_first(candidates, num_samples)
+
+        matcher = SamplingMatcher(
+            Matcher([0.5], [0, 1]),
+            positive_sampler=weigh,
+            batch_size_per_image=40,
+            positive_fraction=0.25,
+        )
+        with matcher.of([]) as weights:
+            matcher(self.ious())
+        assert (weights[0] == 3.0).all()
+        with pytest.raises(ValueError, match="nothing here reads the weights"):
+            matcher(self.ious())
 
     @pytest.mark.parametrize(("reference", "high"), [("paper", 0.5), ("mmdet", 1.0)])
     def test_bins_span_the_range_of_the_reference(self, reference, high):

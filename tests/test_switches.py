@@ -10,6 +10,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads, build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.structures import Boxes, Instances, RotatedBoxes
 from detectron2.utils.events import EventStorage
 from torch.utils.checkpoint import checkpoint
 from toys import BASELINE, LIBRA, make_inputs, small_config, toy_config, train_step
@@ -31,6 +32,8 @@ from libra_d2.modeling import (
     SamplingMatcher,
     SmoothL1,
 )
+from libra_d2.modeling.sampling_log import log_sampled
+from libra_d2.modeling.switches import check_bound
 from libra_d2.sampling import sample_hard
 
 REGISTRIES = (BOX_LOSSES, CLASSIFICATION_LOSSES, MATCHERS, NEGATIVE_SAMPLERS, POSITIVE_SAMPLERS)
@@ -255,6 +258,13 @@ class TestOutputLayers:
         with pytest.raises(ValueError, match=match):
             self.make(**kwargs)
 
+    def test_weights_of_a_sampler_need_the_softmax(self):
+        layers = self.make(use_sigmoid_ce=True)
+        image = Instances((40, 40), gt_classes=torch.tensor([1, 4]), loss_weights=torch.ones(2))
+        image.proposal_boxes = image.gt_boxes = Boxes(torch.tensor([[0.0, 0, 9, 9]] * 2))
+        with pytest.raises(ValueError, match="weighs proposals needs the softmax"), EventStorage():
+            layers.losses((torch.zeros(2, 5), torch.zeros(2, 16)), [image])
+
     def test_stock_layers_cannot_serve_a_sampler_that_looks_at_predictions(self):
         heads = build_model(small_config(BASELINE)).roi_heads
         stock = FastRCNNOutputLayers(ShapeSpec(channels=32), **self.OPTIONS)
@@ -273,6 +283,14 @@ class TestOutputLayers:
         assert isinstance(plain.proposal_matcher, SamplingMatcher)
         with pytest.raises(ValueError, match="OhemSampler.* needs LibraFastRCNNOutputLayers"):
             TwoLineROIHeads(box_predictor=stock, negative_sampler=OhemSampler(), **options)
+
+
+def test_of_boxes_that_are_turned_nothing_is_logged():
+    image = Instances((40, 40), gt_classes=torch.tensor([1]), gt_indices=torch.tensor([0]))
+    image.proposal_boxes = image.gt_boxes = RotatedBoxes(torch.tensor([[9.0, 9, 4, 4, 30]]))
+    with EventStorage() as storage:
+        log_sampled([image], num_gts=[1], background_label=4, num_bins=3, max_iou=0.5)
+    assert not storage.latest()
 
 
 def test_c4_heads_train_with_every_sampler():
@@ -294,6 +312,16 @@ def test_c4_heads_train_with_every_sampler():
 
 
 class TestRpn:
+    def test_a_sampler_counts_all_anchors(self):
+        opts = ["MODEL.RPN.NEGATIVE_SAMPLER", "iou_balanced", "MODEL.RPN.BOUNDARY_THRESH", 0]
+        with pytest.raises(ValueError, match=r"\(MODEL.RPN.BOUNDARY_THRESH\) must be -1 with a"):
+            build_model(small_config(BASELINE, *opts))
+
+    @pytest.mark.parametrize("bound", [2.5, 0, -2])
+    def test_a_bound_is_a_whole_number(self, bound):
+        with pytest.raises(ValueError, match=f"a whole number of at least 1, got {bound}"):
+            check_bound(bound)
+
     def losses(self, *opts):
         losses, _, logged, model = train_step(small_config(BASELINE, *opts))
         return losses, logged, model.proposal_generator

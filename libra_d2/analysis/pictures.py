@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from libra_d2.checkpoint import write_whole
+from libra_d2.checkpoint import refuse_existing, write_whole
 
 __all__ = ["ENDS", "check_output", "new_figure", "plain_text", "save"]
 
@@ -24,8 +24,7 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     if output.suffix not in ENDS:
         raise ValueError(f"output must end in {', '.join(ENDS)}, got '{output}'")
     for file in (output, output.with_suffix(".csv")):
-        if file.exists() and not overwrite:
-            raise ValueError(f"'{file}' exists; give --overwrite to replace it")
+        refuse_existing(file, overwrite)
     return output
 
 

@@ -34,6 +34,10 @@ from .switches import refuse_replaced
 
 __all__ = ["LibraFastRCNNOutputLayers", "check_predictor", "replace_predictor"]
 
+_NEEDS_SOFTMAX = (
+    "needs the softmax over classes: use_sigmoid_ce (MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE) False"
+)
+
 
 class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
     """detectron2's output layers, with any box loss, and PISA."""
@@ -79,7 +83,7 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
     ) -> None:
         for switch in (isr_positive, carl):
             if switch is not None and self.use_sigmoid_ce:
-                raise ValueError(f"{switch} needs the softmax over classes: use_sigmoid_ce False")
+                raise ValueError(f"{switch} {_NEEDS_SOFTMAX}")
         self.box_loss = box_loss or detectron2s_box_loss(
             self.box_reg_loss_type, self.smooth_l1_beta
         )
@@ -137,6 +141,8 @@ class LibraFastRCNNOutputLayers(FastRCNNOutputLayers):
         _log_classification_stats(logits, gt_classes)
         num_rois = max(len(gt_classes), 1)
         if is_weighted:
+            if self.use_sigmoid_ce:
+                raise ValueError(f"a sampler that weighs proposals {_NEEDS_SOFTMAX}")
             each = F.cross_entropy(logits, gt_classes, reduction="none")
             weights = self.classification_weights(predictions, proposals, each.detach())
             loss_cls = (each * weights).sum() / num_rois
@@ -273,7 +279,7 @@ def check_predictor(predictor: nn.Module, sampler: Sampler) -> None:
             f"got {type(predictor).__name__}"
         )
     if predictor.use_sigmoid_ce:
-        raise ValueError(f"{sampler} needs the softmax over classes: use_sigmoid_ce False")
+        raise ValueError(f"{sampler} {_NEEDS_SOFTMAX}")
 
 
 def _boxes(proposals: list[Instances]) -> tuple[Tensor, Tensor]:
@@ -292,7 +298,7 @@ def _ground_truths(proposals: list[Instances]) -> Tensor:
         elif image.has("gt_boxes"):
             raise ValueError(
                 "ISR-P needs proposals with gt_indices: ROI heads with BalancedSampling, such as "
-                "LibraROIHeads, give them"
+                "LibraROIHeads, give them, and in a cascade LibraCascadeROIHeads"
             )
         else:  # an image without ground truths has no foreground either
             numbers.append(torch.zeros_like(image.gt_classes))

@@ -182,20 +182,21 @@ class LibraRetinaNet(RetinaNet):
         anchors = Boxes.cat(anchors).tensor
         logits, deltas = cat(pred_logits, dim=1), cat(pred_anchor_deltas, dim=1)
         labels, gt_boxes = torch.stack(gt_labels), torch.stack(gt_boxes)
-        # Of each task, counted in one transfer.
-        all_labels = [labels] if box_targets is None else [labels, torch.stack(box_targets[0])]
-        counts = torch.stack([self._is_positive(each).sum() for each in all_labels]).tolist()
-        get_event_storage().put_scalar("num_pos_anchors", counts[0] / len(labels))
-        normalizer = self._ema_update("loss_normalizer", max(counts[0], 1), 100)
+        positives = self._find_positives(labels)
+        get_event_storage().put_scalar("num_pos_anchors", len(positives[0]) / len(labels))
+        normalizer = self._ema_update("loss_normalizer", max(len(positives[0]), 1), 100)
         loss_cls = self.classification_loss(anchors, logits, labels, deltas, gt_boxes)
         losses = {"loss_cls": loss_cls / normalizer}
         if box_targets is not None:
-            labels, gt_boxes = all_labels[1], torch.stack(box_targets[1])
-            normalizer = self._ema_update("box_loss_normalizer", max(counts[1], 1), 100)
-        box_losses = self.box_reg_losses(anchors, labels, deltas, gt_boxes)
+            labels, gt_boxes = map(torch.stack, box_targets)
+            positives = self._find_positives(labels)
+            normalizer = self._ema_update("box_loss_normalizer", max(len(positives[0]), 1), 100)
+        box_losses = self.box_loss(
+            *(self.box2box_transform, deltas[positives]),
+            *(anchors[positives[1]], gt_boxes[positives]),
+        )
         losses["loss_box_reg"] = box_losses.sum() / normalizer * self.box_reg_loss_weight
         if self.carl is not None:
-            positives = self._is_positive(labels).nonzero(as_tuple=True)
             probs = logits[positives].float().sigmoid().gather(1, labels[positives].unsqueeze(1))
             loss_carl = carl_loss(
                 probs.squeeze(1), box_losses, normalizer=normalizer, **asdict(self.carl)
@@ -226,7 +227,7 @@ class LibraRetinaNet(RetinaNet):
         self, anchors: Tensor, logits: Tensor, labels: Tensor, deltas: Tensor, gt_boxes: Tensor
     ) -> Tensor:
         """ISR-P's weight of each anchor in the classification loss, (N, R); 1 for negatives."""
-        positives = images, slots = self._is_positive(labels).nonzero(as_tuple=True)
+        positives = images, slots = self._find_positives(labels)
         classes, gt_boxes = labels[positives], gt_boxes[positives]
         boxes = self.box2box_transform.apply_deltas(deltas[positives], anchors[slots])
         # The same box in the same image is the same ground truth.
@@ -244,25 +245,9 @@ class LibraRetinaNet(RetinaNet):
         weights[positives] = reweighted
         return weights
 
-    def box_reg_losses(
-        self, anchors: Tensor, labels: Tensor, deltas: Tensor, gt_boxes: Tensor
-    ) -> Tensor:
-        """Box regression loss of each positive, (P, 4) or (P,).
-
-        Args:
-            anchors: (R, 4) in pixels.
-            labels: (N, R) int64 in [-1, K]; positives are in [0, K).
-            deltas: (N, R, 4).
-            gt_boxes: (N, R, 4) in pixels; read for positives only.
-        """
-        positives = self._is_positive(labels).nonzero(as_tuple=True)
-        sources = anchors[positives[1]]
-        return self.box_loss(
-            self.box2box_transform, deltas[positives], sources, gt_boxes[positives]
-        )
-
-    def _is_positive(self, labels: Tensor) -> Tensor:
-        return (labels >= 0) & (labels != self.num_classes)
+    def _find_positives(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and anchors of the positives among labels, (P,) each."""
+        return ((labels >= 0) & (labels != self.num_classes)).nonzero(as_tuple=True)
 
     def _decode_multi_level_predictions(self, *args) -> Instances:
         predictions = super()._decode_multi_level_predictions(*args)

@@ -98,9 +98,15 @@ class LibraRPN(RPN):
             return
         for sampler in (positive_sampler, negative_sampler):
             if needs_predictions(sampler):
-                raise ValueError(f"{sampler} looks at a box head's predictions: not for an RPN")
+                raise ValueError(
+                    f"{sampler} looks at a box head's predictions: it is for MODEL.ROI_HEADS, not "
+                    "for MODEL.RPN"
+                )
         if self.anchor_boundary_thresh >= 0:
-            raise ValueError("samplers need anchor_boundary_thresh -1: they count all anchors")
+            raise ValueError(
+                "anchor_boundary_thresh (MODEL.RPN.BOUNDARY_THRESH) must be -1 with a sampler, "
+                f"which counts all anchors; got {self.anchor_boundary_thresh}"
+            )
         self.anchor_matcher = SamplingMatcher(
             self.anchor_matcher,
             positive_sampler=positive_sampler,

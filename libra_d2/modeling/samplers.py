@@ -71,7 +71,8 @@ class Matches:
     gt_indices: Tensor  # (P,) int64, the ground truth of that IoU
     labels: Tensor  # (P,) int8; 1 positive, 0 negative, -1 ignored
     predictions: Predictions | None = None  # for samplers that ask for them
-    weights: Tensor | None = None  # (P,), of each in the classification loss, if a sampler sets it
+    # (P,), of each in the classification loss of LibraFastRCNNOutputLayers, if a sampler sets it.
+    weights: Tensor | None = None
 
     @functools.cached_property
     def classification_losses(self) -> Tensor:
@@ -212,7 +213,8 @@ class ScoreHlrSampler:
         )
         # Weights are 0 where nothing is kept, so that only the kept count in the sums.
         losses = matches.classification_losses * kept
-        matches.weights = torch.where(kept, preserve_loss(weights, losses), 1.0)
+        others = 1.0 if matches.weights is None else matches.weights
+        matches.weights = torch.where(kept, preserve_loss(weights, losses), others)
         return kept
 
 

@@ -1,7 +1,7 @@
 """Numbers of the sampled proposals, for metrics.json and TensorBoard."""
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Instances, RotatedBoxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import get_event_storage
 
@@ -16,7 +16,7 @@ def log_sampled(
     num_bins: int,
     max_iou: float,
 ) -> None:
-    """Logs what the sampler chose in a batch, with one transfer to the host.
+    """Logs what the sampler chose in a batch, with one transfer to the host; of upright boxes only.
 
     - ``roi_head/negative_iou_bin<k>``: share of the sampled negatives whose IoU is in bin k of
       ``num_bins`` over [0, max_iou).
@@ -31,6 +31,8 @@ def log_sampled(
         num_bins: number of IoU bins.
         max_iou: upper edge of the last bin; what lies above counts to it.
     """
+    if any(isinstance(image.proposal_boxes, RotatedBoxes) for image in proposals):
+        return
     bins, counts = [], []
     for image, num_gt in zip(proposals, num_gts, strict=True):
         is_negative = image.gt_classes == background_label

@@ -83,7 +83,8 @@ class SamplingMatcher:
             positives and negatives, -1 for the rest.
 
         Raises:
-            ValueError: if a sampler looks at predictions and there are none for this image.
+            ValueError: if a sampler looks at predictions and there are none for this image; or
+                weighs candidates outside of :meth:`of`.
         """
         gt_indices, labels = self.matcher(match_quality_matrix)
         if match_quality_matrix.shape[0] > 0:
@@ -97,6 +98,11 @@ class SamplingMatcher:
             labels = self._sample(matches)
         if self._batch is not None:
             self._batch.weights.append(matches.weights)
+        elif matches.weights is not None:
+            raise ValueError(
+                f"{self.positive_sampler} and {self.negative_sampler} weigh candidates, which is "
+                "for ROI heads: nothing here reads the weights"
+            )
         return gt_indices, labels
 
     def _next_predictions(self, shape: tuple[int, int]) -> Predictions:
@@ -122,7 +128,8 @@ class SamplingMatcher:
             kept = self.positive_sampler(matches, positives, self.max_positives)
             labels = labels.masked_fill(positives & ~kept, -1)
         if self.negative_sampler is not None:
-            num_positives = positives.sum().clamp(max=self.max_positives)
+            # Of those that the positive sampler has left.
+            num_positives = (labels == 1).sum().clamp(max=self.max_positives)
             num_negatives = self.batch_size_per_image - num_positives
             if self.negative_positive_ub >= 0:
                 bound = self.negative_positive_ub * num_positives.clamp(min=1)

@@ -132,7 +132,9 @@ def refuse_replaced(given: Iterable[str], replaced: Iterable[str], by: str) -> N
 
 def check_bound(negative_positive_ub: int) -> None:
     """Raises ``ValueError`` unless this is a bound on the negatives a positive."""
-    if negative_positive_ub != -1 and not 1 <= negative_positive_ub <= 10**9:
+    is_whole = isinstance(negative_positive_ub, int)
+    if not is_whole or (negative_positive_ub != -1 and not 1 <= negative_positive_ub <= 10**9):
         raise ValueError(
-            f"negative_positive_ub must be -1 (no bound) or at least 1, got {negative_positive_ub}"
+            "negative_positive_ub must be -1 (no bound) or a whole number of at least 1, got "
+            f"{negative_positive_ub}"
         )

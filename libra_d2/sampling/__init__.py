@@ -1,9 +1,9 @@
 """Which candidates are trained on: samplers as functions from a mask to a mask.
 
 Every sampler takes ``candidates``, a bool mask, and returns ``kept``, a bool mask of the same shape
-that is True only where ``candidates`` is and at most ``num_samples`` times along the last axis. But
-for those that need NMS no sampler moves data to the host, so leading dimensions batch and
-``num_samples`` may be a tensor.
+that is True only where ``candidates`` is and at most ``num_samples`` times along the last axis;
+``sample_score_hlr_negatives`` returns weights beside it. But for those that need NMS no sampler
+moves data to the host, so leading dimensions batch and ``num_samples`` may be a tensor.
 
 Shape shorthand in this package:
 
