@@ -26,6 +26,7 @@ from libra_d2.engine.arithmetic import config_files, evaluate
         ("_BASE_: nowhere.yaml\n", "_BASE_ '.*nowhere.yaml' does not exist"),
         ("MODEL: 3\n", "not a mapping of config keys"),
         ("SOLVER:\n  BASE_LR: fast\n", "SOLVER.BASE_LR"),
+        ("SOLVER:\n  BASE_LR: {{lr}}\n", r"not valid yaml \(line 2\)"),
     ],
 )
 def test_bad_files_are_one_sentence(tmp_path, text, match):
@@ -59,6 +60,15 @@ def test_the_zoos_arithmetic_is_read(expression, value, tmp_path):
     cfg = load_config(str(file), ["MODEL.DEVICE", "cpu"])
     assert [[value]] == cfg.MODEL.ANCHOR_GENERATOR.SIZES
     assert [Path(f).name for f in config_files(str(file))] == ["zoo.yaml", "base.yaml"]
+
+
+def test_several_bases(tmp_path):
+    (tmp_path / "a.yaml").write_text("SEED: 3\n")
+    (tmp_path / "b.yaml").write_text("_BASE_: a.yaml\nSEED: 4\n")
+    file = tmp_path / "c.yaml"
+    file.write_text("_BASE_: [a.yaml, b.yaml]\nVERSION: 2\n")
+    assert load_config(str(file)).SEED == 4
+    assert [Path(f).name for f in config_files(str(file))] == ["c.yaml", "a.yaml", "b.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,14 @@ class TestInspect:
             report = tmp_path / "r.html"
             assert run_tool("inspect_dataset.py", name, "--report", report).returncode == 0
 
+    def test_a_mask_that_training_would_refuse(self, data, tmp_path):
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        content["annotations"][0]["segmentation"] = {"size": [5, 5], "counts": [25]}
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        name = f"coco:{tmp_path}/a.json:{data}/coco/images"
+        result = run_tool("inspect_dataset.py", name, "--report", "")
+        assert result.returncode == 1 and "run-length encoded mask of (5, 5)" in result.stdout
+
     def test_a_single_object(self, data, tmp_path):
         content = json.loads((data / "coco" / "annotations.json").read_text())
         content["annotations"] = content["annotations"][:1]

@@ -257,6 +257,12 @@ class TestBadInput:
         assert "no.such.thing" in message and message.count("\n") == 0
         assert not (tmp_path / "out").exists()
 
+    def test_data_for_a_loader_of_ones_own(self, own, data):
+        own.write_text(own.read_text() + "\ndataloader.train.dataset = dict(_target_='mine')\n")
+        with pytest.raises(ValueError, match=r"has no dataloader.train.dataset.names, where data"):
+            load_lazy_config(str(own), ["DATASETS.TRAIN", f"('{data}',)"])
+        load_lazy_config(str(own), ["DATASETS.TEST", f"('{data}',)"])
+
     def test_a_model_without_classes_does_not_detect(self, own):
         text = own.read_text().replace("model.roi_heads.", "# ")
         rpn = f"model = LazyConfig.load({str(CONFIGS / 'common/models/libra_rpn.py')!r}).model"

@@ -1,6 +1,7 @@
 """Who has an output folder, what becomes of the run that it holds, and disks that are full."""
 
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -63,6 +64,24 @@ class TestFolder:
         assert run() == 2
         assert "holds a training run" in capsys.readouterr().err
         assert (out / "model_0000001.pth").exists() and not (out / "model_0000005.pth").exists()
+
+    def test_is_as_open_to_a_group_as_its_umask_says(self, run, out):
+        before = os.umask(0o002)
+        try:
+            assert run(iterations=2) == 0
+        finally:
+            os.umask(before)
+        assert (out / ".lock").stat().st_mode & 0o777 == 0o664
+
+    def test_that_may_not_be_looked_into(self, run, tmp_path, monkeypatch, capsys):
+        def exists(path, before=Path.exists):
+            if path.name == "out":  # as of a folder that may not be searched
+                raise PermissionError(13, "Permission denied")
+            return before(path)
+
+        monkeypatch.setattr(Path, "exists", exists)
+        assert run() == 2
+        assert "cannot be written to: Permission denied" in capsys.readouterr().err
 
     def test_leftovers_of_a_kill_are_removed(self, run, out):
         out.mkdir()

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 from formats import NAMES
 from own import (
@@ -19,11 +20,12 @@ from own import (
     sources,
 )
 from PIL import Image
-from tiny import fails, metrics
+from tiny import fails, metrics, registered
 from toys import CONFIGS, run_tool
 
 from libra_d2.checkpoint import read_weights
 from libra_d2.engine import load_config, main
+from libra_d2.engine.weights import class_names_of
 
 
 @pytest.mark.parametrize("form", ["coco", "voc", "yolo"])
@@ -38,6 +40,28 @@ def test_every_config_trains_on_every_format(config, form, data, tmp_path):
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == len(used)
     assert read_weights(str(tmp_path / "run" / "model_final.pth"))["class_names"] == used
     assert f"bbox/AP-{used[0]}" in metrics(tmp_path / "run")[-1]
+
+
+def test_a_folder_may_be_called_by_a_number(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(command(*sources(data, "coco"), "2024"))
+    assert (tmp_path / "2024" / "model_final.pth").is_file()
+
+
+@pytest.mark.parametrize("end", [".pth", ".safetensors"])
+def test_exported_weights_bring_their_classes(end, tmp_path):
+    names = ["b", "a"]
+    torch.save({"model": {"w": torch.ones(1)}, "class_names": names}, tmp_path / "in.pth")
+    result = run_tool("export_weights.py", tmp_path / "in.pth", tmp_path / f"out{end}")
+    assert result.returncode == 0, result.stderr
+    assert class_names_of(str(tmp_path / f"out{end}")) == names
+
+
+def test_a_damaged_file_of_annotations_is_named(tmp_path, capsys):
+    (tmp_path / "annotations.json").write_text('{"images": [')
+    with registered("bad", tmp_path):
+        argv = command("bad", "bad", tmp_path / "run", "SOLVER.MAX_EPOCHS", 2)
+        fails(capsys, argv, "annotations.json is not valid json")
 
 
 def test_epochs_are_of_the_data(data, tmp_path, capsys):

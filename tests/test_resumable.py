@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,26 @@ from toys import CONFIGS, SMALL, toy_opts
 
 from libra_d2.engine import LibraTrainer
 from libra_d2.engine.stopping import REQUEUE_STATUS
+
+
+def kill_a_loader(trainer):
+    """Lets a process that loads images be killed in the midst of a step."""
+
+    def forward(images):
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        time.sleep(30)
+
+    trainer.model.forward = forward
+
+
+def test_a_loader_that_is_killed_during_a_step(run, out, monkeypatch, capsys):
+    at_iteration(monkeypatch, 3, kill_a_loader)
+    assert run("DATALOADER.NUM_WORKERS", 1) == 2
+    message = capsys.readouterr().err
+    assert "a lower DATALOADER.NUM_WORKERS helps" in message and "Traceback" not in message
+    assert f"The last checkpoint is '{out}/model_0000001.pth'; go on with" in message
+    assert [file.name for file in out.glob("*.pth")] == ["model_0000001.pth"]
 
 
 class TestResume:
@@ -103,6 +124,20 @@ class TestResume:
         records = (out / "metrics.json").read_text().splitlines()
         assert [json.loads(x)["iteration"] for x in records][-1] >= 5
         assert (out / "model_0000001.pth").exists() and not list(out.glob("old*"))
+
+    @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
+    def test_a_launchers_restart_after_a_refusal(self, run, out, monkeypatch, flags):
+        """A former job with the same name and port is another, also if this one came to nothing."""
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("MASTER_PORT", "29501")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        assert run(iterations=2) == 0
+        before = model_of(out)
+        refused = ("SOLVER.BASE_LR", 1e30) if flags else ()
+        assert run(*refused, flags=flags) == 2
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert run(*refused, flags=flags) == 2
+        assert same_weights(before, model_of(out))
 
     def test_a_longer_one_keeps_the_score_of_the_shorter(self, run, out):
         assert run(score=True) == 0

@@ -5,15 +5,17 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from tiny import command, fails, metrics, start
+from torch.multiprocessing import ProcessExitedException
 from toys import BASELINE, CONFIGS, LIBRA
 
 from libra_d2.checkpoint import write_weights
-from libra_d2.engine import LibraTrainer, check_run, load_config, main
+from libra_d2.engine import LibraTrainer, check_run, launch, load_config, main
 
 ROOT = CONFIGS.parent
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -162,6 +164,19 @@ def test_two_cpu_processes_of_torchrun(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "model_final.pth").exists() and (tmp_path / "log.txt.rank1").exists()
     assert [r["iteration"] for r in metrics(tmp_path) if "total_loss" in r] == [1]
+
+
+def test_machines_with_a_process_each_end_as_it_does(monkeypatch):
+    """detectron2 starts a process there too."""
+
+    def end(*args, **kwargs):
+        raise ProcessExitedException("", 0, 0, exit_code=75)
+
+    monkeypatch.setattr(sys.modules["libra_d2.engine.launch"], "detectron2_launch", end)
+    args = {"num_gpus": 0, "num_processes": 1, "machine_rank": 0, "dist_url": "tcp://x:1"}
+    with pytest.raises(SystemExit) as exit_:
+        launch(print, SimpleNamespace(num_machines=2, **args), "cpu", ())
+    assert exit_.value.code == 75
 
 
 TWO_RANKS = """

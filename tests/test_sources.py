@@ -12,6 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from formats import NAMES, make_coco, make_voc, make_yolo
 from PIL import Image
 
+from libra_d2.data.checks import check_dataset
+from libra_d2.data.images import examine
 from libra_d2.data.sources import open_source, register_source
 
 SPLITS = {"train": [1, 2, 3, 4, 5, 6], "val": [7, 8]}
@@ -160,6 +162,41 @@ def test_images_are_as_large_as_they_are_seen(data):
     image.resize((64, 32)).save(file, exif=exif)
     image = open_source(f"voc:{data}/voc:train").coco.images[0]
     assert (image.width, image.height) == (32, 64)
+
+
+def test_a_tiff_that_exif_turns_is_refused(data):
+    """Pillow turns it as it is read, and detectron2 once more."""
+    folder = data / "coco"
+    content = json.loads((folder / "annotations.json").read_text())
+    exif = Image.Exif()
+    exif[274] = 3
+    image = Image.open(folder / "images" / content["images"][0]["file_name"])
+    image.save(folder / "images" / "turned.tiff", exif=exif)
+    assert examine([folder / "images" / "turned.tiff"]) == [
+        "is a TIFF that its EXIF data turn; save it upright"
+    ]
+    image.save(folder / "images" / "upright.tiff")
+    assert examine([folder / "images" / "upright.tiff"]) == [image.size[::-1]]
+
+
+def test_what_pycocotools_wants_is_filled_in(data):
+    file = data / "coco" / "annotations.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    file.write_text(json.dumps(content))
+    name = f"coco:{file}"
+    register_source(open_source(name))
+    (found, *_) = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())["annotations"]
+    assert found["iscrowd"] == 0 and found["area"] == found["bbox"][2] * found["bbox"][3]
+    check_dataset(name, for_training=False, num_classes=None, num_classes_key="")
+
+
+def test_annotations_may_be_null(data):
+    file = data / "coco" / "annotations.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "annotations": None}))
+    register_source(open_source(f"coco:{file}"), classes=["more", *NAMES])
 
 
 def write(path):

@@ -15,7 +15,13 @@ from torchvision.ops import box_iou
 
 from .coco_json import Annotation, Coco, Image, is_crowd
 from .images import open_image
-from .problems import Problem, find_box_problems, find_image_problems, is_useful
+from .problems import (
+    Problem,
+    find_box_problems,
+    find_image_problems,
+    find_mask_problems,
+    is_useful,
+)
 from .sources import Source
 
 __all__ = ["Inspection", "find_shared_images", "inspect", "mend"]
@@ -91,7 +97,7 @@ class Inspection:
 def inspect(source: Source) -> Inspection:
     """Reads every image of a data set, and looks at every box."""
     coco, root = source.coco, source.image_root
-    problems = find_box_problems(coco) + find_image_problems(coco, root)
+    problems = find_box_problems(coco) + find_mask_problems(coco) + find_image_problems(coco, root)
     hashes, broken = _hash_images(coco, root)
     known = {i for problem in problems for i in problem.image_ids}
     unread = [(i, why) for i, why in broken.items() if i not in known]

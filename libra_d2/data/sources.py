@@ -159,7 +159,7 @@ def register_source(
     classes = list(classes) or source.classes
     check_classes(source.name, source.classes, classes)
     is_as_wanted = source.classes == classes and not drop_bad_boxes
-    if source.json_file and is_as_wanted and not _has_odd_ids(source):
+    if source.json_file and is_as_wanted and _suits_pycocotools(source):
         file = source.json_file
     else:
         file = Path(_scratch().name) / f"{len(list(Path(_scratch().name).iterdir()))}.json"
@@ -186,20 +186,26 @@ def check_classes(name: str, own: Sequence[str], classes: Sequence[str]) -> None
             )
 
 
-def _has_odd_ids(source: Source) -> bool:
-    """Whether annotations have ids that pycocotools can't read, or takes for "no object"."""
-    return not all(map(is_usual_id, source.coco.annotations or ()))
+def _suits_pycocotools(source: Source) -> bool:
+    """Whether its evaluation reads all annotations, and takes the id of none for "no object"."""
+    return all(
+        is_usual_id(a) and a.area is not None and a.iscrowd is not msgspec.UNSET
+        for a in source.coco.annotations or ()
+    )
 
 
 def _with_classes(source: Source, classes: list[str], drop_bad_boxes: bool) -> bytes:
-    """The annotations as json; classes and annotations counted from 1, as the model has those."""
+    """The annotations as json, with all that pycocotools reads.
+
+    Classes and annotations are counted from 1, as the model has those.
+    """
     ids = {name: i for i, name in enumerate(classes, start=1)}
     new = {category.id: ids[category.name] for category in source.coco.categories}
     # Whatever else a file has is kept.
     coco = source.json_file.read_bytes() if source.json_file else msgspec.json.encode(source.coco)
     content = json.loads(coco)  # with NaN, as Python writes it
     content["categories"] = [{"id": i, "name": name} for name, i in ids.items()]
-    annotations = content.get("annotations", [])
+    annotations = content["annotations"] = content.get("annotations") or []
     if not source.json_file or drop_bad_boxes:
         sizes = {image.id: (image.width, image.height) for image in source.coco.images}
         # Of a negative size they are wrong, which is for the checks to say.
@@ -220,6 +226,9 @@ def _with_classes(source: Source, classes: list[str], drop_bad_boxes: bool) -> b
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
         annotation["category_id"] = new[annotation["category_id"]]
+        annotation.setdefault("iscrowd", 0)
+        if annotation.get("area") is None:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     return json.dumps(content).encode()
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Reader",
     "Unreadable",
     "batches_of",
+    "death_of_worker",
     "obey_the_parent_alone",
     "random_numbers_of",
 ]
@@ -77,13 +78,20 @@ def batches_of(loader: DataLoader) -> Iterator[list[Any]]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+        if not (death := death_of_worker(error)):
             raise
-        what = " ".join(str(error).split())
-        raise LoadingError(
-            f"a process that loads images has ended ({what}); where memory is short, a lower "
-            "DATALOADER.NUM_WORKERS helps"
-        ) from error
+        raise death from error
+
+
+def death_of_worker(error: RuntimeError) -> LoadingError | None:
+    """What to say if torch tells that a worker has died, as it does wherever the program is."""
+    if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+        return None
+    what = " ".join(str(error).split())
+    return LoadingError(
+        f"a process that loads images has ended ({what}); where memory is short, a lower "
+        "DATALOADER.NUM_WORKERS helps"
+    )
 
 
 def obey_the_parent_alone(worker: int) -> None:

@@ -115,11 +115,12 @@ def config_files(config_file: str) -> list[str]:
     """
     if config_file.endswith(".py"):
         return [config_file]
-    files = []
-    while config_file and os.path.isfile(config_file):
-        files.append(config_file)
-        base = read_yaml(Path(config_file).read_text()).get("_BASE_", "")
-        config_file = base and os.path.join(os.path.dirname(config_file), os.path.expanduser(base))
+    files = [config_file] if os.path.isfile(config_file) else []
+    for file in files:
+        bases = read_yaml(Path(file).read_text()).get("_BASE_", [])
+        for base in [bases] if isinstance(bases, str) else bases:
+            base = os.path.join(os.path.dirname(file), os.path.expanduser(base))
+            files += [base] if os.path.isfile(base) and base not in files else []
     return files
 
 

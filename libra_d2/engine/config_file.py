@@ -86,11 +86,6 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
     """Turns what yaml, yacs and fvcore raise for bad input into a ``ValueError``."""
     try:
         yield
-    except yaml.constructor.ConstructorError as error:
-        raise ValueError(
-            f"{source} has the tag {error.problem.split(chr(39))[1]} (line "
-            f"{error.problem_mark.line + 1}), which is not read because it could run any code"
-        ) from error
     except RecursionError as error:
         raise ValueError(f"{source}: its _BASE_ leads back to itself") from error
     except UnicodeDecodeError as error:
@@ -98,6 +93,10 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
+        tag = re.search("for the tag '([^']+)'", getattr(error, "problem", None) or "")
+        if tag:
+            what = f"has the tag {tag[1]}{line}, which is not read because it could run any code"
+            raise ValueError(f"{source} {what}") from error
         raise ValueError(f"{source} is not valid yaml{line}") from error
     except (KeyError, AssertionError, ValueError, OSError, AttributeError, TypeError) as error:
         message = str(error.args[0]) if error.args else str(error)

@@ -114,7 +114,8 @@ def launch(main: Callable, args: argparse.Namespace, device: str, main_args: tup
     if on_cpu and torch.cuda.is_available():
         # detectron2 takes NCCL wherever there is a GPU; the processes it starts must see none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    with _as_parent() if num_processes > 1 else contextlib.nullcontext():
+    starts_processes = num_processes * args.num_machines > 1
+    with _as_parent() if starts_processes else contextlib.nullcontext():
         detectron2_launch(
             _limit_threads if on_cpu else main,
             num_processes,

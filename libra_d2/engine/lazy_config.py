@@ -165,6 +165,11 @@ def load_lazy_config(
         if not is_given["MODEL.DEVICE"] and cfg.MODEL.DEVICE == "cuda":
             cfg.MODEL.DEVICE = AUTO
         for key, value in zip(arguments[::2], arguments[1::2], strict=True):
+            if key.startswith("DATASETS.") and OmegaConf.select(lazy, _PLACES[key]) is None:
+                raise ValueError(
+                    f"config file '{config_file}' has no {_PLACES[key]}, where data sets named on "
+                    "the command line would go; its loader is its own"
+                )
             if not is_given[key]:
                 cfg.merge_from_list([key, value])
         former = {key: get_key(cfg, key) for key in NUM_CLASSES}

@@ -37,6 +37,7 @@ _RUN_FILES = re.compile(
 )
 _CHECKPOINT = re.compile(r"model_(\d{7}|final)\.pth")
 _LOCK = ".lock"
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has started this process anew
 
 
 def holds_checkpoint(output: Path) -> bool:
@@ -81,6 +82,7 @@ def replaced_run(
             for file in _run_files(output):
                 file.unlink()
             _put_back(place, output)
+            _forget_job(output)  # started anew, this run has nothing to go on with
         elif place.exists():
             print(f"the run that was in '{output}' is still in '{place}'", file=sys.stderr)
 
@@ -148,7 +150,7 @@ def hold_output_dir(output: Path) -> Iterator[None]:
         try:
             output.mkdir(parents=True, exist_ok=True)
             # No link, whose target would be written to.
-            descriptor = os.open(output / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(output / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             file = stack.enter_context(os.fdopen(descriptor, "r+"))
             _lock(file, output)
             file.truncate(0)
@@ -176,6 +178,13 @@ def _lock(file: TextIO, output: Path) -> None:
         )
 
 
+def _forget_job(output: Path) -> None:
+    """Lets no restart by torchrun take what is in a folder for its own."""
+    if _RESTARTS in os.environ and not (output / _LOCK).is_symlink():
+        with contextlib.suppress(OSError):
+            os.truncate(output / _LOCK, 0)
+
+
 def _job() -> str:
     """What all starts by one torchrun share."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.environ.get('MASTER_PORT', '')}"
@@ -183,7 +192,7 @@ def _job() -> str:
 
 def is_restarted(output: Path) -> bool:
     """Whether torchrun has started this process anew, after its run had taken the folder."""
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if not int(os.environ.get(_RESTARTS, 0)):
         return False
     try:
         return json.loads((output / _LOCK).read_text())["job"] == _job()
@@ -218,25 +227,27 @@ def check_output_dir(
     Raises:
         ValueError: naming what is wrong and what would be right.
     """
-    existing = output
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or str(output) in ("", "."):
-        raise ValueError(f"OUTPUT_DIR must be a folder of its own, got '{output}'")
     if {"?", "#"} & {*str(output)}:
         raise ValueError(f"OUTPUT_DIR must have no ? and no #, as in addresses, got '{output}'")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     try:
+        existing = output
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir() or str(output) in ("", "."):
+            raise ValueError(f"OUTPUT_DIR must be a folder of its own, got '{output}'")
         with tempfile.TemporaryFile(dir=existing):
             pass
+        if training and (output / _LOCK).is_file():
+            with open(output / _LOCK, "a+") as file:
+                _lock(file, output)
+            if os.environ.get(_RESTARTS) == "0":
+                _forget_job(output)  # of one before this, even if it is called the same
     except OSError as error:
         raise ValueError(f"OUTPUT_DIR '{output}' cannot be written to: {error.strerror}") from error
     if not training:
         return
-    if (output / _LOCK).is_file():
-        with open(output / _LOCK, "a+") as file:
-            _lock(file, output)
     if overwrite:
         lost = {file.resolve() for file in _run_files(output)}
         for path in filter(None, inputs):

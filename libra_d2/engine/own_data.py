@@ -1,5 +1,6 @@
 """What a config takes from its data: the classes, and how long an epoch is."""
 
+import json
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -136,7 +137,7 @@ def _fill_iterations(cfg: CfgNode) -> None:
     try:
         filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         images = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty, minimum)
-    except (AssertionError, KeyError, OSError):
+    except (AssertionError, KeyError, OSError, json.JSONDecodeError, UnicodeDecodeError):
         return  # which is said, better, by the checks of data sets
     length = len(images) / cfg.SOLVER.IMS_PER_BATCH
     for key, iterations in _EPOCHS.items():

@@ -13,7 +13,7 @@ from detectron2.evaluation import DatasetEvaluator, inference_context
 from detectron2.utils import comm
 from torch import nn
 
-from libra_d2.data.workers import LoadingError
+from libra_d2.data.workers import LoadingError, death_of_worker
 
 from .average import WeightAverage
 from .following import show_predictions
@@ -216,6 +216,9 @@ class ResumableTrainer(DefaultTrainer):
         except LoadingError as error:
             self.iter -= 1  # the last one that was finished
             self._stop(str(error), 2)
+        except RuntimeError as error:
+            self._stop_if_loader_died(error)  # of half a step nothing is saved
+            raise
 
     def after_step(self) -> None:
         """The parent's; then ends the run if a signal has come to any process."""
@@ -235,6 +238,11 @@ class ResumableTrainer(DefaultTrainer):
         if self.start_iter <= self.iter < self.max_iter:
             self.save_checkpoint()
         raise StoppedError(f"{why}. {self._last()}", status)
+
+    def _stop_if_loader_died(self, error: RuntimeError) -> None:
+        """Ends the run without saving, if this is how torch tells that a loading process died."""
+        if death := death_of_worker(error):
+            raise StoppedError(f"{death}. {self._last()}") from error
 
     def _last(self) -> str:
         """Where the last checkpoint is, and how to go on from it."""
@@ -256,6 +264,9 @@ class ResumableTrainer(DefaultTrainer):
             if comm.get_world_size() > 1:  # the others don't know, and would not save with this one
                 raise StoppedError(f"{error}. {self._last()}") from error
             self._stop(str(error), 2)
+        except RuntimeError as error:
+            self._stop_if_loader_died(error)
+            raise
         except OSError as error:
             if error.errno not in _FULL:
                 raise

@@ -116,7 +116,8 @@ def main(
         opts += ["SOLVER.AMP.ENABLED", "False"] if args.eval_only else []  # it is of training
         for key, value in (("DATASETS.TRAIN", args.train), ("DATASETS.TEST", args.val)):
             opts += [key, str(tuple(value))] if value else []
-        opts += ["OUTPUT_DIR", args.output] if args.output else []
+        # As text, whatever it looks like.
+        opts += ["OUTPUT_DIR", repr(args.output)] if args.output else []
         opts += args.opts
         settle = partial(_settle, eval_only=args.eval_only, opts=opts)
         if is_lazy:

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import logging
 import os
 import zipfile
@@ -209,12 +210,13 @@ def _matches_checksums(file: Path, modified: int, size: int) -> bool:
 
 
 def class_names_of(weights: str) -> list[str]:
-    """The names of classes that a checkpoint of this project has beside its weights; or none."""
-    if not weights.endswith(".pth") or not os.path.isfile(weights):
+    """The names of classes that a file of this project has beside its weights; or none."""
+    if not weights.endswith((".pth", ".safetensors")) or not os.path.isfile(weights):
         return []
     try:
-        names = read_weights(weights).get("class_names")
-    except ValueError:
+        content = read_weights(weights)
+        names = content.get("class_names") or json.loads(content["meta"]["class_names"])
+    except (ValueError, KeyError, TypeError):
         return []
     is_right = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return names if is_right else []
