@@ -58,6 +58,7 @@ def test_exported_weights_bring_their_classes(end, tmp_path):
 
 
 def test_a_damaged_file_of_annotations_is_named(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
     (tmp_path / "annotations.json").write_text('{"images": [')
     with registered("bad", tmp_path):
         argv = command("bad", "bad", tmp_path / "run", "SOLVER.MAX_EPOCHS", 2)
