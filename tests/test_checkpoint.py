@@ -234,6 +234,13 @@ class TestTool:
         result = convert(tmp_path / "in.pth", tmp_path / "out.pth")
         assert result.returncode == 2 and "mmdetection 1.2.0; before 2.0" in result.stderr
 
+    @pytest.mark.parametrize("lacks", ["bbox_head", "backbone"])
+    def test_parts_of_a_detector(self, tmp_path, lacks):
+        state = {k: v for k, v in mmdet_state().items() if lacks not in k}
+        torch.save({"state_dict": state}, tmp_path / "in.pth")
+        result = convert(tmp_path / "in.pth", tmp_path / "out.pth")
+        assert result.returncode == 2 and "there is no config for weights without" in result.stderr
+
     def test_a_missing_file(self, tmp_path):
         result = convert(tmp_path / "no.pth", tmp_path / "out.pth")
         assert result.returncode == 2 and "no.pth' does not exist" in result.stderr

@@ -16,6 +16,9 @@ from libra_d2 import Detector
 from libra_d2.drawing import color_of
 from libra_d2.engine import load_config
 from libra_d2.inference import Result
+from libra_d2.inference.inputs import open_images
+from libra_d2.inference.outputs import open_sinks
+from libra_d2.inference.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +243,39 @@ class TestPredict:
             result = self.predict(trained, image, "--sheet", sheet, *flags)
             assert result.returncode == code, result.stderr
         sheet.unlink()
+
+    @pytest.mark.parametrize("limit", [None, 9])
+    def test_a_camera_ends_when_it_is_interrupted(self, detector, tmp_path, monkeypatch, limit):
+        class Camera:
+            def __init__(self, source):
+                self.number = 0
+
+            def isOpened(self):
+                return True
+
+            def read(self):
+                self.number += 1
+                if self.number > 2:
+                    raise KeyboardInterrupt
+                return True, np.zeros((40, 40, 3), np.uint8)
+
+            def get(self, what):
+                return 25.0
+
+            def release(self):
+                pass
+
+        monkeypatch.setattr(cv2, "VideoCapture", Camera)
+        images = open_images(["0"], limit)
+        options = {"json_images": str(tmp_path / "a.json")}
+        predict(detector, images, lambda: open_sinks(options, images))
+        assert len(json.loads((tmp_path / "a.json").read_text())) == 2
+
+    def test_what_cannot_be_written_is_a_sentence(self, detector, image, tmp_path):
+        (tmp_path / "txt" / f"{image.stem}.txt").mkdir(parents=True)
+        images = open_images([str(image)])
+        with pytest.raises(ValueError, match=r"000007.txt' cannot be written: Is a directory"):
+            predict(detector, images, lambda: open_sinks({"txt": tmp_path / "txt"}, images))
 
     def test_images_too_narrow_are_skipped(self, trained, tmp_path):
         Image.new("RGB", (3000, 1)).save(tmp_path / "a.png")

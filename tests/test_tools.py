@@ -98,6 +98,14 @@ class TestExport:
         fails(tool, args, "would replace itself")
         assert sorted(f.name for f in tmp_path.iterdir()) == ["bad.pth", "in.pth"]
 
+    def test_of_a_lazy_config_the_weights_alone(self, tmp_path):
+        self.checkpoint(tmp_path)
+        (tmp_path / "config.yaml").write_text("dataloader: {}\nmodel: {}\n")
+        result = run_tool("export_weights.py", tmp_path / "in.pth", tmp_path / "out.pth")
+        assert result.returncode == 0 and not (tmp_path / "out.yaml").exists()
+        args = [tmp_path / "in.pth", tmp_path / "o.pth", "--config-file", tmp_path / "config.yaml"]
+        fails("export_weights.py", args, "is a LazyConfig, which is code: publish the .py file")
+
 
 def test_benchmark_names_what_there_is():
     fails("benchmark.py", ["samples"], "there is samplers, bfp, matching")

@@ -70,10 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"torch {torch.__version__}, {DEVICE}: {name}")
     with one_sentence_errors(parser.prog):
+        if args.json:
+            _write(args.json, name)  # or it would be known late that it cannot be
         for what in args.what or _WITHOUT_BEING_ASKED:
-            BENCHMARKS[what](args.repeats)
-            if args.json:  # after each, as all take long
-                _write(args.json, name)
+            try:
+                BENCHMARKS[what](args.repeats)
+            finally:
+                if args.json:  # after each, as all take long
+                    _write(args.json, name)
 
 
 def _write(file: str, name: str) -> None:

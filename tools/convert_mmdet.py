@@ -91,6 +91,12 @@ def choose_config(state: dict[str, Tensor], meta: dict) -> Path:
     Raises:
         ValueError: if none is shipped; it says what was found.
     """
+    for part, kind in (("cls_score.bias", "detector"), ("bottom_up.res2.0.conv2.weight", "ResNet")):
+        if not any(name.endswith(part) for name in state):
+            raise ValueError(
+                f"there is no config for weights without {part}, which are of no {kind}; give "
+                "--config-file"
+            )
     has = lambda part: any(part in name for name in state)  # noqa: E731
     name = "retinanet" if has("head.cls_subnet") else "mask_rcnn" if has(".mask_head") else "rcnn"
     if has("roi_heads.box_head.0."):
@@ -126,6 +132,8 @@ def count_classes(state: dict[str, Tensor]) -> dict[str, int]:
     for name, value in state.items():
         if re.fullmatch(r"roi_heads\.box_predictor\.(?:\d\.)?cls_score\.bias", name):
             return {"MODEL.ROI_HEADS.NUM_CLASSES": len(value) - 1}
+    if "head.cls_score.bias" not in state:  # of an RPN alone
+        return {}
     num_anchors = len(state["head.bbox_pred.bias"]) // 4
     return {"MODEL.RETINANET.NUM_CLASSES": len(state["head.cls_score.bias"]) // num_anchors}
 

@@ -31,6 +31,7 @@ from libra_d2.checkpoint import (
     write_whole,
 )
 from libra_d2.engine import load_config
+from libra_d2.engine.lazy_config import is_lazy_yaml
 from libra_d2.engine.run import one_sentence_errors
 from libra_d2.engine.weights import class_names_of
 from libra_d2.metrics import read_metrics
@@ -56,10 +57,17 @@ def find_model(content: dict, path: str) -> dict[str, Tensor]:
 
 
 def read_config(given: str | None, beside: Path) -> str:
-    """The config's text, checked; empty if there is none."""
+    """The config's text, checked; empty if there is none, or it came from a LazyConfig."""
     path = Path(given) if given else beside / "config.yaml"
     if not path.is_file() and given is None:
         return ""
+    if path.suffix == ".py" or is_lazy_yaml(path):
+        if given is None:
+            return ""
+        raise ValueError(
+            f"'{path}' is a LazyConfig, which is code: publish the .py file itself, and leave "
+            "--config-file out"
+        )
     # As a whole, without the files that it is based on.
     return load_config(str(path), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]).dump()
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from libra_d2.checkpoint import write_whole
 from libra_d2.engine.own_data import register_data
 from libra_d2.inference.detector import Detector
+from libra_d2.modeling.half import tf32
 
 from .agreement import EXACT, HALF, check_agreement
 from .export import FORMATS, check_exportable, export_model, open_exported, smallest_side
@@ -68,7 +69,8 @@ def export_detector(
 
     def write(path: str) -> None:
         export_model(detector.model, path, format=format, image=samples[0], half=half)
-        with torch.no_grad():
+        # A GPU would round convolutions to TF32, which a file that runs on a CPU does not.
+        with torch.no_grad(), tf32(False):
             record["agreed_at"] = check_agreement(
                 Exportable(detector.model).eval(),
                 open_exported(path, format),

@@ -39,6 +39,7 @@ class Images:
         category_ids: of the model's classes in a data set; empty for 1, 2, ...
         class_names: of a data set.
         files: that are read, and must not be overwritten.
+        is_endless: whether they end when they are interrupted.
     """
 
     items: Iterable[Item]
@@ -47,6 +48,7 @@ class Images:
     category_ids: Sequence[int] = ()
     class_names: Sequence[str] = ()
     files: Sequence[str] = field(default=(), repr=False)
+    is_endless: bool = False
 
 
 def open_images(sources: Sequence[str], limit: int | None = None) -> Images:
@@ -130,7 +132,6 @@ def _video(source: str | int) -> Images:
         what = f"camera {source}" if isinstance(source, int) else f"'{source}'"
         raise ValueError(f"{what} cannot be opened as a video")
     capture = cv2.VideoCapture(source)
-    number = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if isinstance(source, str) else None
     fps = capture.get(cv2.CAP_PROP_FPS)
 
     def frames() -> Iterator[Item]:
@@ -141,5 +142,8 @@ def _video(source: str | int) -> Images:
             yield Item(f"{Path(str(source)).stem}_{i:06d}", i, lambda image=image: image)
         capture.release()
 
-    files = [source] if isinstance(source, str) else []
-    return Images(frames(), number, fps if 0 < fps < 1000 else 25.0, files=files)
+    fps = fps if 0 < fps < 1000 else 25.0
+    if isinstance(source, int):
+        return Images(frames(), None, fps, is_endless=True)
+    number = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    return Images(frames(), number, fps, files=[source])

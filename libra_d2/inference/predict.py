@@ -30,8 +30,8 @@ def predict(detector: Detector, images: Images, make_sinks: Callable[[], list[Si
     sinks, speed = make_sinks(), _Speed()
     try:
         _go_through(detector, images, sinks, speed)
-    except KeyboardInterrupt:  # a camera has no other end
-        if images.number is not None:
+    except KeyboardInterrupt:
+        if not images.is_endless:
             raise
     if not speed.num_images:
         raise ValueError("no image could be read")
@@ -71,7 +71,15 @@ def _go_through(detector: Detector, images: Images, sinks: Sequence[Sink], speed
         speed.num_images += len(results)
         for item, result in results:
             for sink in sinks:
-                sink.add(item, result)
+                _add(sink, item, result)
+
+
+def _add(sink: Sink, item: Item, result: Result) -> None:
+    try:
+        sink.add(item, result)
+    except OSError as error:
+        what = error.strerror or error
+        raise ValueError(f"'{error.filename or sink.path}' cannot be written: {what}") from error
 
 
 def _detect(

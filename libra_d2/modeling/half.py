@@ -1,12 +1,14 @@
-"""A detector whose networks compute in half precision."""
+"""Precision: a detector whose networks compute in half of it, and a GPU's TF32."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["compute_in"]
+__all__ = ["compute_in", "tf32"]
 
 # Of two-stage and of one-stage detectors, as far as they have them. What decides on boxes, and
 # compares scores, stays in float32.
@@ -32,6 +34,20 @@ def compute_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
         elif isinstance(network, nn.Module):
             setattr(owner, own, _In(dtype, network))
     return model
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Inside, a GPU's products and convolutions of float32 may, or may not, be in TF32."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 class _In(nn.Module):

@@ -1,11 +1,12 @@
 """Training and inference on a GPU: time, memory and host synchronisations, by precision."""
 
-import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
+
+from libra_d2.modeling.half import tf32
 
 from .measuring import DEVICE, make_inputs, measure, show
 from .models import ONE_STAGE, TWO_STAGE, make_inference, make_iteration
@@ -25,7 +26,11 @@ def benchmark_gpu(repeats: int) -> None:
     _refuse_cpu("gpu")
     for family, depth, batch in itertools.product((TWO_STAGE, ONE_STAGE), (50, 101), (2, 8)):
         for precision in PRECISIONS:
-            show_cell(family, depth, batch, precision, repeats)
+            try:
+                show_cell(family, depth, batch, precision, repeats)
+            except torch.OutOfMemoryError:
+                print(f"\nR{depth}, {batch} images, {precision}: more memory than there is")
+            torch.cuda.empty_cache()
 
 
 def benchmark_gpu_short(repeats: int) -> None:
@@ -62,7 +67,7 @@ def show_cell(
         of_model = config, sum(own, ()) + opts
         training[name] = make_iteration(*of_model, inputs=inputs)
         inference[name] = make_inference(*of_model, inputs=images)
-    with _tf32(has_tf32):
+    with tf32(has_tf32):
         seconds = [measure(training, repeats, warmup=3), measure(inference, repeats, warmup=3)]
         memory = {name: more_memory(iteration) for name, iteration in training.items()}
         syncs = {name: count_syncs(iteration) for name, iteration in training.items()}
@@ -101,7 +106,7 @@ def count_syncs(function: Callable) -> int:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing CUDA operation" in str(w.message) for w in caught)
 
 
 def more_memory(function: Callable) -> float:
@@ -112,19 +117,6 @@ def more_memory(function: Callable) -> float:
     before = torch.cuda.memory_allocated()
     function()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 def _refuse_cpu(what: str) -> None:

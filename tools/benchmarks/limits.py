@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from libra_d2.modeling.half import tf32
+
 from .measuring import DEVICE, make_inputs, measure, show
 from .models import ONE_STAGE, TWO_STAGE, make_iteration, make_step
 from .parts import make_bfp_step, make_box_loss_step, make_matchings
@@ -105,6 +107,7 @@ def bound(function: Callable, ceilings: Ceilings) -> Counter:
     return adding.seconds
 
 
+@tf32(False)  # so that float32 is that of the ceiling
 def benchmark_limits(repeats: int) -> None:
     ceilings = Ceilings(repeats)
     rates = [(f"{str(k)[6:]}, 10^9 operations/s", v / 1e9) for k, v in ceilings.flops.items()]

@@ -63,6 +63,8 @@ def make_inputs(size: tuple[int, int], num_images: int, num_objects: int = 12) -
         instances.gt_boxes = Boxes(torch.cat([corner, corner + extent], dim=1))
         instances.gt_boxes.clip(size)
         instances.gt_classes = torch.randint(80, (num_objects,), generator=generator)
-        image = torch.rand(3, *size, generator=generator) * 255
+        # As a loader gives them, where SOLVER.FAST is on.
+        image = (torch.rand(3, *size, generator=generator) * 255).to(torch.uint8)
+        image = image.pin_memory() if DEVICE == "cuda" else image
         inputs.append({"image": image, "instances": instances})
     return inputs

@@ -8,6 +8,7 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
@@ -73,7 +74,10 @@ def _make_step(
         settle_speed(cfg)
 
     opts = ("OUTPUT_DIR", folder, *opts)
-    running = trainer(load_config(str(CONFIGS / config), opts, settle=settle))
+    cfg = load_config(str(CONFIGS / config), opts, settle=settle)
+    if cfg.FLOAT32_PRECISION:  # what detectron2's default_setup would set
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+    running = trainer(cfg)
 
     def step() -> None:
         with EventStorage() as storage:
