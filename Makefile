@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+D2 := $(PIP) --no-build-isolation -r requirements-detectron2.txt
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 DEMO := output/demo
 
@@ -64,9 +65,10 @@ clean:
 	@$(PIP) -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
-# detectron2 compiles against the torch it finds, hence after it and without build isolation.
+# detectron2 compiles against the torch it finds, hence after it and without build isolation; and
+# without what pip has kept of it, which may be of another torch.
 .venv/detectron2: requirements-detectron2.txt .venv/requirements
 	@echo "building detectron2 from its repository (about two minutes, once)"
-	@GIT_TERMINAL_PROMPT=0 $(PIP) --no-build-isolation -r requirements-detectron2.txt \
-	  > .venv/detectron2.log 2>&1
+	@GIT_TERMINAL_PROMPT=0 $(D2) --no-deps --force-reinstall --no-cache-dir > .venv/detectron2.log 2>&1
+	@GIT_TERMINAL_PROMPT=0 $(D2) >> .venv/detectron2.log 2>&1  # what it depends on
 	@touch $@

@@ -144,7 +144,7 @@ def _have_equal_indices(one: Tensor, other: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The entries of a (G, A) matrix that are not 0, by rows."""
+    """The entries of a (G, A) matrix that are not 0, by rows; of a sparse one some may be."""
 
     gts: Tensor  # (P,) int64, ascending
     anchors: Tensor  # (P,) int64
@@ -153,8 +153,8 @@ class _Pairs:
 
     @classmethod
     def of(cls, matrix: Tensor) -> "_Pairs":
+        matrix = (matrix if matrix.is_sparse else matrix.to_sparse()).coalesce()
         # Two boxes without area have the IoU 0 / 0, which is no overlap.
-        matrix = (matrix if matrix.is_sparse else matrix.nan_to_num(0.0).to_sparse()).coalesce()
         values = matrix.values().nan_to_num(0.0)
         return cls(*matrix.indices(), values, tuple(matrix.shape))
 
@@ -177,7 +177,7 @@ class _Pairs:
             leads |= self.values >= at_least
         else:
             leads |= self.values == self._highest(self.anchors, self.shape[1])
-        pairs = self[leads]
+        pairs = self[leads & (self.values > 0)]
         values = pad(pairs.values, (0, 1)).index_fill(0, pairs.best_of_gts(), 1.0)[:-1]
         pairs = replace(pairs, values=values)
         is_own = values == pairs._highest(pairs.anchors, self.shape[1])
@@ -255,7 +255,8 @@ def _serve_left_out(pairs: _Pairs, matched_gt: Tensor, labels: Tensor) -> tuple[
     while True:
         served = matched_gt.masked_fill(labels != 1, num_gts)
         left_out = labels.new_ones(num_gts + 1).index_fill(0, served, 0)
-        pairs = pairs[(left_out[pairs.gts] == 1) & (labels[pairs.anchors] != 1)]
+        is_free = (labels[pairs.anchors] != 1) & (pairs.values > 0)
+        pairs = pairs[(left_out[pairs.gts] == 1) & is_free]
         if len(pairs.values) == 0:
             return matched_gt, labels
         positions = torch.arange(len(pairs.values), device=labels.device)

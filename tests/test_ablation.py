@@ -1,6 +1,8 @@
 """Plans, runs, statistics and tables of ablations."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from toys import CONFIGS, TOY, load_tool, run_tool
 from libra_d2.engine import ablation
 from libra_d2.engine import plan as plans
 from libra_d2.engine.comparison import compare, make_table, plot, read_results, write_csv
-from libra_d2.engine.plan import Data, Run, list_runs, read_plan
+from libra_d2.engine.plan import ROOT, Data, Run, list_runs, read_plan
 from libra_d2.statistics import Difference, bootstrap_images, paired_difference
 
 PLANS = sorted((CONFIGS.parent / "tools" / "plans").glob("*.yaml"))
@@ -210,6 +212,25 @@ class TestRuns:
         with pytest.raises(ValueError, match="failed"):
             list(ablation.run_all([a_run], 1))
         assert list(a_run.folder.glob("*.pth"))
+
+    def test_one_that_is_trained_in_is_left_alone(self, a_run):
+        a_run.folder.mkdir(parents=True)
+        (a_run.folder / "hashes.json").write_text('{"code": "0"}')
+        code = (
+            "import sys, time\nfrom pathlib import Path\n"
+            "from libra_d2.engine.output_dir import hold_output_dir\n"
+            "with hold_output_dir(Path(sys.argv[1])):\n    print('held', flush=True)\n"
+            "    time.sleep(60)\n"
+        )
+        command = [sys.executable, "-c", code, str(a_run.folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+            try:
+                assert holder.stdout.readline() == "held\n"
+                with pytest.raises(ValueError, match="is in use: process .* trains there"):
+                    list(ablation.run_all([a_run], 1))
+                assert (a_run.folder / "hashes.json").read_text() == '{"code": "0"}'
+            finally:
+                holder.kill()
 
     def test_a_training_of_something_else_is_kept(self, a_run):
         a_run.folder.mkdir(parents=True)

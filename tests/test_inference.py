@@ -271,6 +271,14 @@ class TestPredict:
         predict(detector, images, lambda: open_sinks(options, images))
         assert len(json.loads((tmp_path / "a.json").read_text())) == 2
 
+    def test_no_two_images_share_a_name(self, trained, image, tmp_path):
+        files = [tmp_path / name / "img.jpg" for name in ("day/1", "day_1")]
+        for file in files:
+            file.parent.mkdir(parents=True)
+            shutil.copy(image, file)
+        result = self.predict(trained, *files, "--txt", tmp_path / "txt")
+        assert result.returncode == 0 and len(list((tmp_path / "txt").iterdir())) == 2
+
     def test_what_cannot_be_written_is_a_sentence(self, detector, image, tmp_path):
         (tmp_path / "txt" / f"{image.stem}.txt").mkdir(parents=True)
         images = open_images([str(image)])

@@ -91,7 +91,12 @@ class TestInspect:
         (tmp_path / "a.json").write_text(json.dumps(content))
         name = f"coco:{tmp_path}/a.json:{data}/coco/images"
         result = run_tool("inspect_dataset.py", name, "--report", "")
-        assert result.returncode == 1 and "run-length encoded mask of (5, 5)" in result.stdout
+        assert result.returncode == 1
+        assert "masks of another size than their image: 1, the first of (5, 5)" in result.stdout
+        mended = tmp_path / "m.json"
+        run_tool("inspect_dataset.py", name, "--report", "", "--mend", mended)
+        name = f"coco:{mended}:{data}/coco/images"
+        assert run_tool("inspect_dataset.py", name, "--report", "").returncode == 0
 
     def test_a_single_object(self, data, tmp_path):
         content = json.loads((data / "coco" / "annotations.json").read_text())

@@ -169,24 +169,31 @@ def test_a_tiff_that_exif_turns_is_refused(data):
     folder = data / "coco"
     content = json.loads((folder / "annotations.json").read_text())
     exif = Image.Exif()
-    exif[274] = 3
+    exif[274] = 3  # the other way up
     image = Image.open(folder / "images" / content["images"][0]["file_name"])
     image.save(folder / "images" / "turned.tiff", exif=exif)
     assert examine([folder / "images" / "turned.tiff"]) == [
         "is a TIFF that its EXIF data turn; save it upright"
     ]
-    image.save(folder / "images" / "upright.tiff")
+    exif[274] = 0  # which means nothing
+    image.save(folder / "images" / "upright.tiff", exif=exif)
     assert examine([folder / "images" / "upright.tiff"]) == [image.size[::-1]]
 
 
 def test_what_pycocotools_wants_is_filled_in(data):
     file = data / "coco" / "annotations.json"
     content = json.loads(file.read_text())
+    for category in content["categories"]:
+        category["id"] += 10
     for annotation in content["annotations"]:
+        annotation["category_id"] += 10
         del annotation["area"], annotation["iscrowd"]
     file.write_text(json.dumps(content))
     name = f"coco:{file}"
     register_source(open_source(name))
+    DatasetCatalog.get(name)
+    ids = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    assert sorted(ids) == [c["id"] for c in content["categories"]]  # the file's
     (found, *_) = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())["annotations"]
     assert found["iscrowd"] == 0 and found["area"] == found["bbox"][2] * found["bbox"][3]
     check_dataset(name, for_training=False, num_classes=None, num_classes_key="")

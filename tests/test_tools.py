@@ -107,6 +107,15 @@ class TestExport:
         fails("export_weights.py", args, "is a LazyConfig, which is code: publish the .py file")
 
 
+def test_benchmark_loses_no_numbers(tmp_path):
+    file = tmp_path / "old.json"
+    file.write_text("old")
+    if not torch.cuda.is_available():
+        fails("benchmark.py", ["gpu", "--json", file], "gpu needs a GPU that torch finds")
+        assert file.read_text() == "old"
+    fails("benchmark.py", ["samplers", "--json", tmp_path / "no" / "x"], "in a folder that exists")
+
+
 def test_benchmark_names_what_there_is():
     fails("benchmark.py", ["samples"], "there is samplers, bfp, matching")
     if not torch.cuda.is_available():

@@ -90,7 +90,8 @@ def _analyse(args: argparse.Namespace, output: Path) -> list[str]:
         return analyse_runs(args.runs, output)
     if args.topic == "losses":
         return analyse_losses(output)
-    opts = [*args.opts, *(("DATASETS.TEST", str((args.val,))) if args.val else ())]
+    # In front, as pairs have to be of a LazyConfig.
+    opts = [*(("DATASETS.TEST", str((args.val,))) if args.val else ()), *args.opts]
     if args.topic == "matching":
         own = [Path(args.model, name) for name in args.weights]
         paths = [p if p.exists() else Path(n) for p, n in zip(own, args.weights, strict=True)]

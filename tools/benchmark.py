@@ -70,13 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"torch {torch.__version__}, {DEVICE}: {name}")
     with one_sentence_errors(parser.prog):
-        if args.json:
-            _write(args.json, name)  # or it would be known late that it cannot be
+        if args.json and not Path(args.json).resolve().parent.is_dir():
+            raise ValueError(f"--json '{args.json}' must be a file in a folder that exists")
         for what in args.what or _WITHOUT_BEING_ASKED:
             try:
                 BENCHMARKS[what](args.repeats)
             finally:
-                if args.json:  # after each, as all take long
+                if args.json and TABLES:  # after each, as all take long
                     _write(args.json, name)
 
 

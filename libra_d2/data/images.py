@@ -70,7 +70,7 @@ def _examine(path: Path) -> tuple[int, int] | str:
             width, height = image.size
             if image.mode in _DEEP:
                 return "has more than 8 bits a channel; convert it to 8"
-            if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) != 1:
+            if image.format == "TIFF" and image.getexif().get(_ORIENTATION) in range(2, 9):
                 # Pillow turns it as it is read, and detectron2 would once more.
                 return "is a TIFF that its EXIF data turn; save it upright"
             end = _ENDS.get(image.format)

@@ -172,8 +172,8 @@ def mend(found: Inspection) -> Coco:
     """A clean copy of the annotations.
 
     Boxes in another format are turned into COCO's, those of images that have been resized go with
-    them, and all are clipped to their image. Boxes without extent, outside, or marked twice, and
-    images that cannot be used, are left out.
+    them, and all are clipped to their image. Boxes without extent, outside, or marked twice, masks
+    of another size than their image, and images that cannot be used, are left out.
     """
     coco, root = found.source.coco, found.source.image_root
     kinds = " ".join(problem.what for problem in found.problems if problem.is_fatal)
@@ -184,7 +184,10 @@ def mend(found: Inspection) -> Coco:
         turn = _from_corner_fractions if are_corners else _from_fractions
     elif "x1, y1, x2, y2" in kinds:
         turn = _from_corners
-    twice = {i for p in found.problems if "marked twice" in p.what for i in p.annotation_ids}
+    twice, unmasked = (
+        {i for p in found.problems if kind in p.what for i in p.annotation_ids}
+        for kind in ("marked twice", "run-length encoded masks")
+    )
     images, annotations = [], []
     objects = _by_image(coco.annotations or ())
     for image in coco.images:
@@ -204,6 +207,8 @@ def mend(found: Inspection) -> Coco:
             if annotation.id not in twice and is_useful((x, y, w, h), width, height):
                 left, top = max(x, 0.0), max(y, 0.0)
                 box = (left, top, min(x + w, width) - left, min(y + h, height) - top)
+                if annotation.id in unmasked:
+                    annotation = msgspec.structs.replace(annotation, segmentation=None)
                 annotations.append(_mended(annotation, box, scale))
     return Coco(images=images, categories=coco.categories, annotations=annotations)
 

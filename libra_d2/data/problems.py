@@ -148,19 +148,25 @@ def _decode(path: Path) -> str:
 def find_mask_problems(coco: Coco) -> list[Problem]:
     """Run-length encoded masks that are not of their image's size, which could take any memory."""
     images = {image.id: image for image in coco.images}
-    for annotation in coco.annotations or ():
-        image, mask = images[annotation.image_id], annotation.segmentation
-        if not isinstance(mask, Rle):
-            continue
-        size = (int(image.height), int(image.width))
-        length = _rle_length(mask.counts)
-        if tuple(mask.size) != size or length != size[0] * size[1]:
-            what = (
-                f"has annotation {annotation.id} with a run-length encoded mask of {mask.size} and "
-                f"{length} pixels, in image '{_name(image)}' of {size}"
-            )
-            return [Problem(what, is_fatal=True, annotation_ids=(annotation.id,))]
-    return []
+    bad = [
+        (a, images[a.image_id])
+        for a in coco.annotations or ()
+        if isinstance(a.segmentation, Rle) and not _covers(a.segmentation, images[a.image_id])
+    ]
+    if not bad:
+        return []
+    annotation, image = bad[0]
+    mask, size = annotation.segmentation, (int(image.height), int(image.width))
+    what = (
+        f"has run-length encoded masks of another size than their image: {len(bad)}, the first of "
+        f"{mask.size} and {_rle_length(mask.counts)} pixels in image '{_name(image)}' of {size}"
+    )
+    return [Problem(what, is_fatal=True, annotation_ids=tuple(a.id for a, _ in bad))]
+
+
+def _covers(mask: Rle, image: Image) -> bool:
+    size = int(image.height), int(image.width)
+    return tuple(mask.size) == size and _rle_length(mask.counts) == size[0] * size[1]
 
 
 def _rle_length(counts: str | list[int]) -> int:

@@ -195,11 +195,13 @@ def _suits_pycocotools(source: Source) -> bool:
 
 
 def _with_classes(source: Source, classes: list[str], drop_bad_boxes: bool) -> bytes:
-    """The annotations as json, with all that pycocotools reads.
+    """The annotations as json, counted from 1, with all that pycocotools reads.
 
-    Classes and annotations are counted from 1, as the model has those.
+    Classes are the model's, counted from 1 too, unless the source has just these.
     """
     ids = {name: i for i, name in enumerate(classes, start=1)}
+    if source.classes == classes:
+        ids = {category.name: category.id for category in source.coco.categories}
     new = {category.id: ids[category.name] for category in source.coco.categories}
     # Whatever else a file has is kept.
     coco = source.json_file.read_bytes() if source.json_file else msgspec.json.encode(source.coco)

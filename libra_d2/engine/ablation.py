@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from libra_d2.metrics import read_metrics
 
-from .output_dir import is_of_a_run
+from .output_dir import is_of_a_run, refuse_held
 from .plan import ROOT, Run
 
 __all__ = ["find_detections", "run_all"]
@@ -108,7 +108,7 @@ def _make_folder(run: Run) -> None:
     """The folder of a run: empty, or with what there is of it so far.
 
     Raises:
-        ValueError: if it can't be made, or holds a training that is none of a plan's.
+        ValueError: if it can't be made, is trained in, or holds a training of something else.
     """
     stamp, hashes = run.folder / "hashes.json", json.dumps(run.hashes)
     try:
@@ -117,7 +117,12 @@ def _make_folder(run: Run) -> None:
                 f"'{run.folder}' holds a training of something else; give other --runs"
             )
         if stamp.is_file() and stamp.read_text() != hashes:
-            shutil.rmtree(run.folder)  # never finished, and of other code, config or data
+            refuse_held(run.folder)
+            tqdm.write(
+                f"{run.row}, seed {run.seed}: begun anew, as it was of other code, config or data",
+                file=sys.stderr,
+            )
+            shutil.rmtree(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
         stamp.write_text(hashes)
     except OSError as error:

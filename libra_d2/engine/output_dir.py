@@ -26,6 +26,7 @@ __all__ = [
     "is_of_a_run",
     "is_restarted",
     "is_run_file",
+    "refuse_held",
     "replaced_run",
 ]
 
@@ -185,6 +186,13 @@ def _forget_job(output: Path) -> None:
             os.truncate(output / _LOCK, 0)
 
 
+def refuse_held(output: Path) -> None:
+    """Raises ``ValueError`` if a run has a folder."""
+    if (output / _LOCK).is_file():
+        with open(output / _LOCK, "a+") as file:
+            _lock(file, output)
+
+
 def _job() -> str:
     """What all starts by one torchrun share."""
     return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.environ.get('MASTER_PORT', '')}"
@@ -215,7 +223,7 @@ def _held(output: Path) -> str:
 def check_output_dir(
     output: Path, *, training: bool, resume: bool, overwrite: bool, inputs: Iterable[str] = ()
 ) -> None:
-    """Checks that a run can write there, and that nothing is lost unasked. Leaves nothing.
+    """Checks that a run can write there, and that nothing is lost unasked. Makes no file.
 
     Args:
         output: the folder, which need not exist.
@@ -239,9 +247,8 @@ def check_output_dir(
             raise ValueError(f"OUTPUT_DIR must be a folder of its own, got '{output}'")
         with tempfile.TemporaryFile(dir=existing):
             pass
-        if training and (output / _LOCK).is_file():
-            with open(output / _LOCK, "a+") as file:
-                _lock(file, output)
+        if training:
+            refuse_held(output)
             if os.environ.get(_RESTARTS) == "0":
                 _forget_job(output)  # of one before this, even if it is called the same
     except OSError as error:

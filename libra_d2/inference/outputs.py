@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,7 +134,7 @@ def _unique_names(files: Sequence[str]) -> dict[str, str]:
     """What to call what is written of a file: its name, with folders where names are the same."""
     stems = Counter(Path(file).stem for file in files)
     root = os.path.commonpath([Path(f).resolve().parent for f in files]) if files else ""
-    names = {}
+    names, taken = {}, set()
     for file in files:
         path = Path(file)
         if stems[path.stem] > 1:
@@ -141,6 +142,11 @@ def _unique_names(files: Sequence[str]) -> dict[str, str]:
             names[file] = relative.replace(os.sep, "_").replace(".", "_")
         else:
             names[file] = path.stem
+        name = names[file]
+        names[file] = next(
+            n for n in chain([name], (f"{name}_{i}" for i in count(2))) if n not in taken
+        )
+        taken.add(names[file])
     return names
 
 

@@ -39,15 +39,14 @@ def compute_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Inside, a GPU's products and convolutions of float32 may, or may not, be in TF32."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class _In(nn.Module):

@@ -41,7 +41,8 @@ def benchmark_loading(repeats: int) -> None:
 
 def _measure_passing(size: tuple[int, int], num_images: int, repeats: int) -> None:
     """Batches that wait, made of images in memory by one process."""
-    images = [{**x, "image": x["image"].to(torch.uint8)} for x in make_inputs(size, num_images)]
+    # Copies: those are in pinned memory, which is not for another process.
+    images = [{**x, "image": x["image"].clone()} for x in make_inputs(size, num_images)]
     loaders = [
         iter(DataLoader(images * (repeats + 3), num_images, num_workers=1, collate_fn=collate))
         for collate in (list, pack)
