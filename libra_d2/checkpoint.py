@@ -4,6 +4,7 @@ Layers agree one to one; only RetinaNet's anchors come in another order. What ha
 refused, never dropped silently.
 """
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -222,6 +223,11 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
         raise ValueError(f"'{path}' is a folder; give the name of a file")
     if os.path.exists(path) and not overwrite:
         raise ValueError(f"'{path}' exists; give --overwrite to replace it")
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether it tells that a disk, or what one may have of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: str, write: Callable[[str], None]) -> None:

@@ -29,7 +29,7 @@ from toys import (
 from libra_d2.drawing import draw_groups, shrink
 from libra_d2.engine import LibraTrainer, main
 from libra_d2.engine.average import WeightAverage
-from libra_d2.engine.following import BestModel, SampledRois
+from libra_d2.engine.following import BestModel, SampledRois, check_best_metric
 from libra_d2.engine.stopping import FinishedEarly
 from libra_d2.engine.validation import mean_losses
 
@@ -196,10 +196,45 @@ class TestBest:
         assert "best bbox/AP so far" not in (out / "log.txt").read_text()
 
     def test_one_that_is_not_measured(self, scored, out):
-        assert scored([1, 2], "TEST.BEST_METRIC", "bbox/APx", iterations=2) == 0
+        assert scored([1, 2], "TEST.BEST_METRIC", "bbox/AP-a", iterations=2) == 0
         told = (out / "log.txt").read_text()
-        assert "'bbox/APx' was not measured (did you mean 'bbox/AP'?); there is bbox/AP" in told
+        assert "'bbox/AP-a' was not measured (did you mean 'bbox/AP'?); there is bbox/AP" in told
         assert not (out / "model_best.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "tests", "match"),
+    [
+        ("bbox/AP", ("a",), ""),
+        ("b/segm/AP50", ("a", "b"), ""),
+        ("a/validation/total_loss", ("a", "b"), ""),
+        ("bbox/AP-cat", ("a",), ""),
+        ("box_proposals/AR@100", ("a",), ""),
+        ("mine/accuracy", ("a",), ""),
+        ("bbox/AP", (), "needs test data: DATASETS.TEST, or --val"),
+        ("bbox/ap", ("a",), r"'bbox/ap' is not measured \(did you mean 'bbox/AP'"),
+        ("bbox/APx", ("a",), "'bbox/APx' is not measured"),
+        ("c/bbox/AP", ("a",), "'c/bbox/AP' is not measured"),
+        ("bbox/AP", ("a", "b"), "of one of the test sets, such as a/bbox/AP, got 'bbox/AP'"),
+        ("a/bbox/AP", ("a",), "must be bbox/AP, of the one test set"),
+    ],
+)
+def test_which_metric_can_be_the_best(metric, tests, match):
+    cfg = toy_config(LIBRA, "TEST.BEST_METRIC", metric, "TEST.EVAL_PERIOD", 1, "TEST.LOSSES", True)
+    cfg.defrost()
+    cfg.DATASETS.TEST = tests
+    if match:
+        with pytest.raises(ValueError, match=match):
+            check_best_metric(cfg)
+    else:
+        check_best_metric(cfg)
+    cfg.TEST.LOSSES, cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST = (
+        False,
+        "validation/total_loss",
+        ("a",),
+    )
+    with pytest.raises(ValueError, match="needs TEST.LOSSES True"):
+        check_best_metric(cfg)
 
 
 PISA = "COCO-Detection/pisa_faster_rcnn_R_50_FPN_1x.yaml"

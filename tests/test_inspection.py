@@ -98,6 +98,18 @@ class TestInspect:
         name = f"coco:{mended}:{data}/coco/images"
         assert run_tool("inspect_dataset.py", name, "--report", "").returncode == 0
 
+    def test_polygons_that_are_none(self, data, tmp_path):
+        """detectron2 leaves such an object out; without its polygon it does not."""
+        content = json.loads((data / "coco" / "annotations.json").read_text())
+        content["annotations"][0]["segmentation"] = [[1, 2, 3, 4]]
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        name, mended = f"coco:{tmp_path}/a.json:{data}/coco/images", tmp_path / "m.json"
+        result = run_tool("inspect_dataset.py", name, "--report", "", "--mend", mended)
+        assert result.returncode == 0
+        assert "polygons have fewer than three corners: 1, the first in image" in result.stdout
+        written = {a["id"]: a for a in json.loads(mended.read_text())["annotations"]}
+        assert "segmentation" not in written[content["annotations"][0]["id"]]
+
     def test_a_single_object(self, data, tmp_path):
         content = json.loads((data / "coco" / "annotations.json").read_text())
         content["annotations"] = content["annotations"][:1]

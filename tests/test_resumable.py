@@ -11,10 +11,12 @@ import time
 from functools import partial
 
 import pytest
+from detectron2.engine import HookBase
 from runs import LIBRA, RETINANET, at_iteration, files, model_of, same_weights, send
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from toys import CONFIGS, SMALL, toy_opts
 
+from libra_d2.data.workers import LoadingError
 from libra_d2.engine import LibraTrainer
 from libra_d2.engine.stopping import REQUEUE_STATUS
 
@@ -37,6 +39,21 @@ def test_a_loader_that_is_killed_during_a_step(run, out, monkeypatch, capsys):
     assert "a lower DATALOADER.NUM_WORKERS helps" in message and "Traceback" not in message
     assert f"The last checkpoint is '{out}/model_0000001.pth'; go on with" in message
     assert [file.name for file in out.glob("*.pth")] == ["model_0000001.pth"]
+
+
+def test_a_hook_that_cannot_load(run, out, monkeypatch, capsys):
+    """Such as precise batch norm, which has a loader of its own."""
+
+    class Hook(HookBase):
+        def after_step(self):
+            if self.trainer.iter == 4:
+                raise LoadingError("image 'a.jpg' cannot be read: it is cut off")
+
+    build_hooks = LibraTrainer.build_hooks
+    monkeypatch.setattr(LibraTrainer, "build_hooks", lambda self: [*build_hooks(self), Hook()])
+    assert run() == 2
+    message = capsys.readouterr().err
+    assert "a.jpg" in message and f"The last checkpoint is '{out}/model_0000004.pth'" in message
 
 
 class TestResume:

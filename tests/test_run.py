@@ -1,5 +1,6 @@
 """Runs as a user starts them: training, resuming, evaluating, several processes."""
 
+import errno
 import logging
 import math
 import subprocess
@@ -10,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.evaluation import COCOEvaluator
 from tiny import command, fails, metrics, start
 from torch.multiprocessing import ProcessExitedException
-from toys import BASELINE, CONFIGS, LIBRA
+from toys import BASELINE, CONFIGS, LIBRA, toy_config
 
 from libra_d2.checkpoint import write_weights
 from libra_d2.engine import LibraTrainer, check_run, launch, load_config, main
+from libra_d2.engine.evaluators import QuietCOCOEvaluator
 
 ROOT = CONFIGS.parent
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -164,6 +167,42 @@ def test_two_cpu_processes_of_torchrun(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "model_final.pth").exists() and (tmp_path / "log.txt.rank1").exists()
     assert [r["iteration"] for r in metrics(tmp_path) if "total_loss" in r] == [1]
+
+
+def test_an_evaluation_on_a_full_disk_has_no_results(monkeypatch, caplog):
+    """In the process that writes: the others of a run go on with theirs."""
+
+    def evaluate(self, img_ids):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(COCOEvaluator, "evaluate", evaluate)
+    assert QuietCOCOEvaluator.__new__(QuietCOCOEvaluator).evaluate() == {}
+    assert "this evaluation cannot be written: [Errno 28]" in caplog.text
+
+
+def test_nothing_becomes_0_over_several_processes():
+    opts = ("SOLVER.REFERENCE_WORLD_SIZE", 1, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 1)
+    cfg = toy_config(LIBRA, *opts, "SOLVER.CHECKPOINT_PERIOD", 1)
+    scaled = LibraTrainer.auto_scale_workers(cfg, 4)
+    assert scaled.SOLVER.IMS_PER_BATCH == 4 * cfg.SOLVER.IMS_PER_BATCH and scaled.is_frozen()
+    solver = scaled.SOLVER
+    assert (solver.MAX_ITER, solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("opts", "is_told"),
+    [
+        (("SOLVER.MAX_ITER", 500, "SOLVER.WARMUP_ITERS", 500), True),
+        (("SOLVER.MAX_ITER", 900, "SOLVER.WARMUP_ITERS", 500, "SOLVER.STEPS", (300,)), True),
+        (("SOLVER.MAX_ITER", 900, "SOLVER.WARMUP_ITERS", 200, "SOLVER.STEPS", (300,)), False),
+    ],
+)
+def test_a_warm_up_that_is_too_long_is_told(opts, is_told, caplog):
+    name = ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", ())
+    cfg = toy_config(LIBRA, *name, "SOLVER.BASE_LR", 0.01, *opts)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    LibraTrainer.build_lr_scheduler(cfg, optimizer)
+    assert ("SOLVER.BASE_LR is never reached" in caplog.text) is is_told
 
 
 def test_machines_with_a_process_each_end_as_it_does(monkeypatch):

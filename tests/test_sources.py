@@ -126,6 +126,37 @@ def test_difficult_objects_are_crowd_and_useless_boxes_left_out(data):
     assert len(annotations) == len(own) - 2
 
 
+def test_yolo_poses_give_their_boxes(data):
+    folder = data / "yolo"
+    content = yaml.safe_load((folder / "data.yaml").read_text())
+    (folder / "data.yaml").write_text(yaml.safe_dump({**content, "kpt_shape": [2, 3]}))
+    pose = "3 0.5 0.5 0.2 0.4 0.1 0.1 2 0.9 0.9 0\n"
+    for label in (folder / "labels" / "val").iterdir():
+        label.write_text(pose)
+    (folder / "labels" / "val" / "._000007.txt").write_text("of a Mac")
+    coco = open_source(f"yolo:{folder}/data.yaml:val").coco
+    image, annotation = coco.images[0], coco.annotations[0]
+    expected = (0.4 * image.width, 0.3 * image.height, 0.2 * image.width, 0.4 * image.height)
+    np.testing.assert_allclose(annotation.bbox, expected, rtol=1e-6)
+    assert annotation.segmentation is None
+    label.write_text("3 0.5 0.5 0.2 0.4\n")
+    with pytest.raises(ValueError, match="as kpt_shape says, 6 numbers of keypoints; got 5"):
+        open_source(f"yolo:{folder}/data.yaml:val")
+
+
+def test_voc_names_may_have_blanks(data):
+    for folder, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        for old, new in (("000001", "img"), ("000002", "img 1"), ("000003", "img 2")):
+            (data / "voc" / folder / f"{old}{end}").rename(data / "voc" / folder / f"{new}{end}")
+    split = data / "voc" / "ImageSets" / "Main" / "train.txt"
+    split.write_text("img 1  1\nimg 2 -1\nimg\n")
+    images = open_source(f"voc:{data}/voc:train").coco.images
+    assert [image.file_name for image in images] == ["img 1.jpg", "img 2.jpg", "img.jpg"]
+    split.write_text("img 3\n")
+    with pytest.raises(ValueError, match="names 'img 3', which has no file in Annotations"):
+        open_source(f"voc:{data}/voc:train")
+
+
 def test_yolo_polygons(data):
     label = data / "yolo" / "labels" / "val" / "000007.txt"
     label.write_text("3 0.1 0.2 0.5 0.2 0.5 0.6 0.1 0.6\n")
@@ -188,13 +219,18 @@ def test_what_pycocotools_wants_is_filled_in(data):
     for annotation in content["annotations"]:
         annotation["category_id"] += 10
         del annotation["area"], annotation["iscrowd"]
-    file.write_text(json.dumps(content))
+    for image in content["images"]:
+        image["width"] = float(image["width"])
+    content["annotations"][1]["ignore"] = 1
+    file.write_text("\ufeff" + json.dumps(content))
     name = f"coco:{file}"
     register_source(open_source(name))
     DatasetCatalog.get(name)
     ids = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     assert sorted(ids) == [c["id"] for c in content["categories"]]  # the file's
-    (found, *_) = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())["annotations"]
+    written = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+    found, ignored, *_ = written["annotations"]
+    assert ignored["iscrowd"] == 1 and type(written["images"][0]["width"]) is int
     assert found["iscrowd"] == 0 and found["area"] == found["bbox"][2] * found["bbox"][3]
     check_dataset(name, for_training=False, num_classes=None, num_classes_key="")
 
@@ -248,7 +284,7 @@ XML, LABEL = "voc/Annotations/000001.xml", "yolo/labels/train/000001.txt"
         ),
         ("yolo:{}/yolo/data.yaml:train", ("yolo/data.yaml", "names: [a, no]"), "has False among"),
         ("voc:{}/voc:train", (XML, "<?xml version='1.0' encoding='foo'?><a/>"), "not valid xml"),
-        ("coco:{}/coco/annotations.json", ("coco/annotations.json", "\ufeff{}"), "not valid json"),
+        ("coco:{}/coco/annotations.json", ("coco/annotations.json", "\ufeff{"), "not valid json"),
         ("yolo:{}/yolo/data.yaml:train", (LABEL, "a b"), "txt, line 1: 'a b' must be numbers"),
         ("yolo:{}/yolo/data.yaml:train", (LABEL, "10 .5 .5 .1 .1"), "class 10 must be in 0 to 9"),
         ("yolo:{}/yolo/data.yaml:train", (LABEL, "1 .5 .5 .1"), "got 4 numbers"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from .coco_json import Coco, is_crowd, is_usual_id, need, need_masks, need_polygons, read_coco
+from .coco_json import BOM, Coco, is_crowd, is_usual_id, need, need_masks, need_polygons, read_coco
 from .digits import SPLITS
 from .problems import find_box_problems, find_image_problems, find_mask_problems, raise_fatal
 from .sources import check_registered, is_source
@@ -51,7 +51,8 @@ def check_dataset(
             if not PathManager.exists(path):
                 raise ValueError(
                     f"{path} does not exist; DETECTRON2_DATASETS names the folder of the data sets "
-                    f"(now '{os.getenv('DETECTRON2_DATASETS', 'datasets')}')"
+                    f"(now '{os.getenv('DETECTRON2_DATASETS', 'datasets')}'); your own are named "
+                    f"with {'--train' if for_training else '--val'}"
                 )
         classes = metadata.get("thing_classes")
         if metadata.get("json_file"):
@@ -93,6 +94,16 @@ def _check_coco(
         if for_training and all(map(is_crowd, coco.annotations or ())):
             raise ValueError("has no annotations, but for crowd regions and difficult objects")
         annotations = coco.annotations or []
+        if metadata.name.startswith("voc:") and {"polygons", "segmentation"} & {*fields}:
+            raise ValueError("has no masks, as none of Pascal VOC's; MODEL.MASK_ON must be False")
+        with PathManager.open(metadata.json_file, "rb") as file:
+            if file.read(len(BOM)) == BOM:  # which the reader here passes over
+                raise ValueError("begins with a byte order mark; save it as UTF-8 without one")
+        if not is_source(metadata.name) and any(a.ignore for a in annotations):
+            raise ValueError(
+                "has annotations with ignore, which detectron2 does not read; name the data set in "
+                "place, as coco:..., where they are crowd regions"
+            )
         if "polygons" in fields and for_training:
             need_polygons(annotations)
         need(annotations, tuple("segmentation" if f == "polygons" else f for f in needed))

@@ -1,6 +1,7 @@
 """COCO annotations: what a file of them has to hold, and reading it with an error to act on."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ __all__ = [
     "Category",
     "Coco",
     "Image",
+    "has_polygon",
     "is_crowd",
     "is_usual_id",
     "need",
@@ -20,7 +22,8 @@ __all__ = [
 ]
 
 Number = int | float  # whole numbers, which some tools write as 1.0
-Length = Annotated[float, msgspec.Meta(gt=0)]
+Length = Annotated[int, msgspec.Meta(gt=0)] | Annotated[float, msgspec.Meta(gt=0)]
+BOM = b"\xef\xbb\xbf"  # that some editors begin a file with
 _FAR = 1e7  # pixels; no image is so large
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 
@@ -64,6 +67,7 @@ class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True):
     bbox: tuple[float, float, float, float]
     area: float | None = None
     iscrowd: Number | bool | msgspec.UnsetType = msgspec.UNSET  # 0 or 1
+    ignore: Number | bool | msgspec.UnsetType = msgspec.UNSET  # some tools' word for the same
     segmentation: list[list[float]] | Rle | None = None
     keypoints: list[float] | None = None
 
@@ -86,7 +90,7 @@ def read_coco(path: str) -> Coco:
     Raises:
         ValueError: naming what is not as it must be, and where.
     """
-    content = Path(path).read_bytes()
+    content = Path(path).read_bytes().removeprefix(BOM)
     try:
         try:
             coco = msgspec.json.decode(content, type=Coco)
@@ -100,8 +104,9 @@ def read_coco(path: str) -> Coco:
         raise ValueError("is not valid json") from None
     images, categories = (_ids(coco, kind) for kind in ("images", "categories"))
     _ids(coco, "annotations")
-    if len({c.name for c in coco.categories}) < len(coco.categories):
-        raise ValueError("has two categories of the same name")
+    names = Counter(c.name for c in coco.categories)
+    if len(names) < len(coco.categories):
+        raise ValueError(f"has two categories of the same name, '{names.most_common(1)[0][0]}'")
     for annotation in coco.annotations or ():
         polygons = annotation.segmentation if isinstance(annotation.segmentation, list) else []
         for name, values in (("bbox", annotation.bbox), *(("segmentation", p) for p in polygons)):
@@ -120,7 +125,14 @@ def read_coco(path: str) -> Coco:
 
 def is_crowd(annotation: Annotation) -> bool:
     """Whether it is a region of many objects, or a difficult one: not trained on, not scored."""
-    return annotation.iscrowd is not msgspec.UNSET and bool(annotation.iscrowd)
+    marks = (annotation.iscrowd, annotation.ignore)
+    return any(mark is not msgspec.UNSET and bool(mark) for mark in marks)
+
+
+def has_polygon(annotation: Annotation) -> bool:
+    """Whether its mask is of polygons of which one has three corners."""
+    mask = annotation.segmentation
+    return isinstance(mask, list) and any(len(p) >= 6 and len(p) % 2 == 0 for p in mask)
 
 
 def is_usual_id(annotation: Annotation) -> bool:
@@ -160,7 +172,7 @@ def need_polygons(annotations: list[Annotation]) -> None:
                 "bitmask reads it"
             )
         if isinstance(mask, list):
-            is_usable |= any(len(p) >= 6 and len(p) % 2 == 0 for p in mask)
+            is_usable |= has_polygon(annotation)
     if not is_usable:
         raise ValueError("has no polygon of three corners")
 
@@ -174,7 +186,7 @@ def _plain(message: str) -> str:
 
 def _ids(coco: Coco, kind: str) -> set:
     records = getattr(coco, kind) or ()
-    ids = {record.id for record in records}
+    ids = Counter(record.id for record in records)
     if len(ids) < len(records):
-        raise ValueError(f"has two {kind} of the same id")
-    return ids
+        raise ValueError(f"has two {kind} of the same id, {ids.most_common(1)[0][0]!r}")
+    return set(ids)

@@ -1,6 +1,7 @@
 """Looks a data set over before it is trained on: what it has, and what is wrong with it."""
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ __all__ = ["Inspection", "find_shared_images", "inspect", "mend"]
 # COCO's bounds of small and large, sides in pixels.
 SIZES = {"small": (0.0, 32.0), "medium": (32.0, 96.0), "large": (96.0, float("inf"))}
 _SAME = 0.95  # IoU of two boxes of one class that are one object marked twice
+_NO_MASKS = "run-length encoded masks|polygons have fewer"  # problems that a mask less mends
 _CROWDED = 0.3  # IoU with a neighbour
 _RARE = 100  # objects below which a class is hardly learnt
 _IMBALANCE = 20  # ratio of the most frequent to the rarest class
@@ -185,8 +187,8 @@ def mend(found: Inspection) -> Coco:
     elif "x1, y1, x2, y2" in kinds:
         turn = _from_corners
     twice, unmasked = (
-        {i for p in found.problems if kind in p.what for i in p.annotation_ids}
-        for kind in ("marked twice", "run-length encoded masks")
+        {i for p in found.problems if re.search(kind, p.what) for i in p.annotation_ids}
+        for kind in ("marked twice", _NO_MASKS)
     )
     images, annotations = [], []
     objects = _by_image(coco.annotations or ())
@@ -241,7 +243,12 @@ def _mended(annotation: Annotation, box: tuple, scale: tuple[float, float]) -> A
     if area is None or is_scaled or not area <= 1.01 * box[2] * box[3] or area < 1:
         area = box[2] * box[3]
     return msgspec.structs.replace(
-        annotation, bbox=box, area=area, segmentation=mask, iscrowd=int(is_crowd(annotation))
+        annotation,
+        bbox=box,
+        area=area,
+        segmentation=mask,
+        iscrowd=int(is_crowd(annotation)),
+        ignore=msgspec.UNSET,
     )
 
 

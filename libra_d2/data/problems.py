@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .coco_json import Annotation, Coco, Image, Rle
+from .coco_json import Annotation, Coco, Image, Rle, has_polygon
 from .images import examine, open_image
 
 __all__ = ["Problem", "find_box_problems", "find_image_problems", "find_mask_problems", "is_useful"]
@@ -146,22 +146,42 @@ def _decode(path: Path) -> str:
 
 
 def find_mask_problems(coco: Coco) -> list[Problem]:
-    """Run-length encoded masks that are not of their image's size, which could take any memory."""
+    """Run-length encoded masks not of their image's size, which could take any memory; polygons
+    that are none.
+    """
     images = {image.id: image for image in coco.images}
     bad = [
         (a, images[a.image_id])
         for a in coco.annotations or ()
         if isinstance(a.segmentation, Rle) and not _covers(a.segmentation, images[a.image_id])
     ]
+    found = _find_useless_polygons(coco)
     if not bad:
-        return []
+        return found
     annotation, image = bad[0]
     mask, size = annotation.segmentation, (int(image.height), int(image.width))
     what = (
         f"has run-length encoded masks of another size than their image: {len(bad)}, the first of "
         f"{mask.size} and {_rle_length(mask.counts)} pixels in image '{_name(image)}' of {size}"
     )
-    return [Problem(what, is_fatal=True, annotation_ids=tuple(a.id for a, _ in bad))]
+    return [Problem(what, is_fatal=True, annotation_ids=tuple(a.id for a, _ in bad)), *found]
+
+
+def _find_useless_polygons(coco: Coco) -> list[Problem]:
+    """Objects that detectron2 leaves out as a whole, though their box may be right."""
+    bad = [
+        a
+        for a in coco.annotations or ()
+        if isinstance(a.segmentation, list) and a.segmentation and not has_polygon(a)
+    ]
+    if not bad:
+        return []
+    names = {image.id: _name(image) for image in coco.images}
+    what = (
+        f"has objects whose polygons have fewer than three corners: {len(bad)}, the first in image "
+        f"'{names[bad[0].image_id]}'; training leaves them out, without the polygons it would not"
+    )
+    return [Problem(what, annotation_ids=tuple(a.id for a in bad))]
 
 
 def _covers(mask: Rle, image: Image) -> bool:

@@ -19,7 +19,7 @@ from detectron2.data.datasets import load_coco_json
 
 from libra_d2.config import suggest
 
-from .coco_json import Coco, is_usual_id, read_coco
+from .coco_json import BOM, Coco, is_usual_id, read_coco
 from .digits import SPLITS
 from .problems import is_useful
 from .voc import read_voc
@@ -187,10 +187,17 @@ def check_classes(name: str, own: Sequence[str], classes: Sequence[str]) -> None
 
 
 def _suits_pycocotools(source: Source) -> bool:
-    """Whether its evaluation reads all annotations, and takes the id of none for "no object"."""
-    return all(
-        is_usual_id(a) and a.area is not None and a.iscrowd is not msgspec.UNSET
-        for a in source.coco.annotations or ()
+    """Whether it and detectron2 read the file, and take no object's id for that of none."""
+    with open(source.json_file, "rb") as file:
+        if file.read(len(BOM)) == BOM:
+            return False
+    images, annotations = source.coco.images, source.coco.annotations or ()
+    return all(isinstance(x, int) for i in images for x in (i.height, i.width)) and all(
+        is_usual_id(a)
+        and a.area is not None
+        and a.iscrowd is not msgspec.UNSET
+        and a.ignore in (msgspec.UNSET, 0)
+        for a in annotations
     )
 
 
@@ -207,6 +214,8 @@ def _with_classes(source: Source, classes: list[str], drop_bad_boxes: bool) -> b
     coco = source.json_file.read_bytes() if source.json_file else msgspec.json.encode(source.coco)
     content = json.loads(coco)  # with NaN, as Python writes it
     content["categories"] = [{"id": i, "name": name} for name, i in ids.items()]
+    for image in content["images"]:
+        image |= {side: round(image[side]) for side in ("height", "width")}
     annotations = content["annotations"] = content.get("annotations") or []
     if not source.json_file or drop_bad_boxes:
         sizes = {image.id: (image.width, image.height) for image in source.coco.images}
@@ -229,6 +238,8 @@ def _with_classes(source: Source, classes: list[str], drop_bad_boxes: bool) -> b
         annotation["id"] = number
         annotation["category_id"] = new[annotation["category_id"]]
         annotation.setdefault("iscrowd", 0)
+        if annotation.pop("ignore", 0):
+            annotation["iscrowd"] = 1
         if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     return json.dumps(content).encode()

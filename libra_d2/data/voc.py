@@ -1,6 +1,7 @@
 """Reads data sets in Pascal VOC's layout: Annotations, JPEGImages and ImageSets/Main."""
 
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -82,7 +83,9 @@ def _read_names(root: Path, split: str) -> list[str]:
     lines = [line.strip() for line in read_text(file).splitlines()]
     names, missing = [], []
     for line in filter(None, lines):
-        found = [n for n in (line, line.split()[0]) if (root / f"Annotations/{n}.xml").is_file()]
+        flagged = re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)
+        candidates = (line, flagged[1]) if flagged else (line,)
+        found = [n for n in candidates if (root / f"Annotations/{n}.xml").is_file()]
         names.append(found[0] if found else line)
         missing += [] if found else [line]
     if missing:

@@ -21,7 +21,7 @@ _SLACK = 0.01  # how far beyond 0 and 1 coordinates may be by rounding
 
 
 def read_yolo(file: Path, split: str) -> tuple[Coco, Path]:
-    """Reads one split: boxes, or polygons with the boxes around them.
+    """Reads one split: boxes, or polygons with the boxes around them; of poses the boxes.
 
     Args:
         file: the yaml file, with ``names``, the splits and maybe ``path``.
@@ -74,8 +74,9 @@ def read_yolo(file: Path, split: str) -> tuple[Coco, Path]:
         categories=[Category(id=i, name=name) for i, name in enumerate(classes, start=1)],
         annotations=[],
     )
+    num_keypoints = math.prod(content.get("kpt_shape") or (0,))  # numbers of them
     for image, label, size in zip(coco.images, labels, sizes, strict=True):
-        for annotation in _read_labels(label, image, len(classes)):
+        for annotation in _read_labels(label, image, len(classes), num_keypoints):
             annotation.id = len(coco.annotations) + 1
             if not isinstance(size, str):
                 coco.annotations.append(annotation)
@@ -141,29 +142,43 @@ def _check_no_stray_labels(images: list[Path]) -> None:
     known = {_label_file(image) for image in images}
     folders = {label.parent for label in known}
     there = {file for folder in folders if folder.name != "images" for file in folder.glob("*.txt")}
-    stray = sorted(f for f in there - known if f.name not in ("classes.txt", "labels.txt"))
+    stray = sorted(
+        file
+        for file in there - known
+        if file.name not in ("classes.txt", "labels.txt") and not file.name.startswith(".")
+    )
     if stray:
         raise ValueError(f"{stray[0]} has no image, nor have {len(stray) - 1} others")
 
 
-def _read_labels(file: Path, image: Image, num_classes: int) -> list[Annotation]:
+def _read_labels(
+    file: Path, image: Image, num_classes: int, num_keypoints: int
+) -> list[Annotation]:
     if not file.is_file():
         return []
     annotations = []
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         if line.strip():
             where = f"{file}, line {number}"
-            annotations.append(_read_label(line, where, image, num_classes))
+            annotations.append(_read_label(line, where, image, num_classes, num_keypoints))
     return annotations
 
 
-def _read_label(line: str, where: str, image: Image, num_classes: int) -> Annotation:
+def _read_label(
+    line: str, where: str, image: Image, num_classes: int, num_keypoints: int
+) -> Annotation:
     try:
         index, *values = map(float, line.split())
     except ValueError:
         raise ValueError(f"{where}: '{line.strip()}' must be numbers") from None
     if index not in range(num_classes):
         raise ValueError(f"{where}: class {index:g} must be in 0 to {num_classes - 1}")
+    if num_keypoints and len(values) != 4 + num_keypoints:
+        raise ValueError(
+            f"{where}: must be a class, x y width height and, as kpt_shape says, {num_keypoints} "
+            f"numbers of keypoints; got {1 + len(values)} numbers"
+        )
+    values = values[:4] if num_keypoints else values  # keypoints are not read
     if len(values) != 4 and (len(values) < 6 or len(values) % 2):
         raise ValueError(
             f"{where}: must be a class and x y width height, or a class and the x y of three or "

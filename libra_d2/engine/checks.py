@@ -19,6 +19,7 @@ from libra_d2.data.proposals import check_proposals
 
 from .arithmetic import config_files
 from .evaluators import choose_evaluator
+from .following import check_best_metric
 from .output_dir import check_output_dir
 from .plain_errors import plain_errors
 from .trainer import LibraTrainer
@@ -78,6 +79,8 @@ def check_run(
     options = {"resume": resume, "overwrite": overwrite}
     check_output_dir(output, training=not eval_only, inputs=inputs, **options)
     trainer_class.check(cfg, 1 if eval_only else num_processes)
+    if not eval_only:
+        check_best_metric(cfg)
     _check_datasets(cfg, eval_only)
     for split in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         check_proposals(cfg, split)

@@ -22,7 +22,6 @@ __all__ = ["ObjectsAside", "load_config", "tell_changes"]
 _PLAIN = (bool, int, float, str, list, tuple)
 # The first are where it lies, the others are not read again.
 _NOT_READ_AGAIN = ("OUTPUT_DIR", "train.output_dir", "MODEL.WEIGHTS", "train.init_checkpoint")
-_NOT_READ_AGAIN += ("SEED", "train.seed")
 
 
 def load_config(

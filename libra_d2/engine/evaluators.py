@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import logging
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 from detectron2.evaluation.coco_evaluation import _evaluate_box_proposals
+
+from libra_d2.checkpoint import is_disk_full
 
 __all__ = ["QuietCOCOEvaluator", "choose_evaluator"]
 
@@ -36,13 +39,21 @@ class _QuietThread(io.TextIOBase):
 class QuietCOCOEvaluator(COCOEvaluator):
     """detectron2's COCO evaluator; of box proposals it tells AR at 300 too (Libra R-CNN, table 3).
 
-    pycocotools prints tables whose numbers detectron2 logs.
+    pycocotools prints tables whose numbers detectron2 logs. On a disk that is full there are no
+    results.
     """
 
     def evaluate(self, img_ids=None):
-        # What is logged is not caught: its handlers hold the real stdout.
-        with contextlib.redirect_stdout(_QuietThread(sys.stdout)):
-            return super().evaluate(img_ids)
+        try:
+            # What is logged is not caught: its handlers hold the real stdout.
+            with contextlib.redirect_stdout(_QuietThread(sys.stdout)):
+                return super().evaluate(img_ids)
+        except OSError as error:
+            # Here, where one process alone writes: the others go on, and so has it to.
+            if not is_disk_full(error):
+                raise
+            logging.getLogger(__name__).warning("this evaluation cannot be written: %s", error)
+            return {}
 
     def _eval_box_proposals(self, predictions):
         super()._eval_box_proposals(predictions)

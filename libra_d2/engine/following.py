@@ -1,6 +1,7 @@
 """What shows how a run goes: its best checkpoint, when to stop, and pictures in TensorBoard."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,46 @@ from libra_d2.metrics import is_loss, read_metrics, split_score
 from .stopping import FinishedEarly
 from .weights import WeightsCheckpointer
 
-__all__ = ["BestModel", "SampledRois", "input_picture", "show_predictions"]
+__all__ = ["BestModel", "SampledRois", "check_best_metric", "input_picture", "show_predictions"]
 
 _SHOWN_SCORE = 0.5
 _LONGEST = 480  # pixels of an image on a sheet
 # Negatives, by the IoU with the nearest ground truth.
 _BINS = ((0.1, (255, 235, 59)), (0.3, (255, 152, 0)), (1.0, (244, 67, 54)))
 _POSITIVE, _TRUTH = (76, 175, 80), (255, 255, 255)
+
+
+# What detectron2's evaluators measure.
+_METRIC = re.compile(r"AP(50|75|[smlrcf]|-.+)?|AR[sml]?@\d+")
+
+
+def check_best_metric(cfg: CfgNode) -> None:
+    """Checks that ``TEST.BEST_METRIC``, if it is one of detectron2's or ours, will be measured.
+
+    Raises:
+        ValueError: naming what is missing, or what would be right.
+    """
+    name, tests = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if not name:
+        return
+    if not tests:
+        raise ValueError(f"TEST.BEST_METRIC {name} needs test data: DATASETS.TEST, or --val")
+    test = next((test for test in tests if name.startswith(f"{test}/")), "")
+    metric = name.removeprefix(f"{test}/")
+    score = split_score(metric)
+    if metric.startswith("validation/"):
+        if not cfg.TEST.LOSSES:
+            raise ValueError(f"TEST.BEST_METRIC {name} needs TEST.LOSSES True")
+    elif not score or score[0] or not _METRIC.fullmatch(score[2]):
+        near = suggest(metric, ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "keypoints/AP"))
+        if not score and not near:
+            return  # of an evaluator that nobody knows here
+        raise ValueError(f"TEST.BEST_METRIC '{name}' is not measured{near}")
+    if len(tests) > 1 and not test:
+        right = f"of one of the test sets, such as {tests[0]}/{metric}"
+        raise ValueError(f"TEST.BEST_METRIC must be {right}, got '{name}'")
+    if len(tests) == 1 and test:
+        raise ValueError(f"TEST.BEST_METRIC must be {metric}, of the one test set, got '{name}'")
 
 
 class BestModel(hooks.BestCheckpointer):

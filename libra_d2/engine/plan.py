@@ -81,6 +81,8 @@ def read_plan(path: str) -> Plan:
         plan = msgspec.convert(yaml.safe_load(Path(path).read_text()), Plan)
     except FileNotFoundError:
         raise ValueError(f"plan '{path}' does not exist") from None
+    except OSError as error:
+        raise ValueError(f"plan '{path}' cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise ValueError(f"plan '{path}' is not valid yaml") from None
     except msgspec.ValidationError as error:
@@ -135,7 +137,7 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
     same = {tuple(result[key] for key in _IDENTITY): result for result in known}
     code = hash_code()
     data = {names: _hash(*map(_hash_data, names)) for names in set(splits.values())}
-    runs = []
+    runs, configs = [], {}
     for seed in seeds:
         for name, row in plan.rows.items():
             if seed not in (row.seeds or plan.seeds):
@@ -145,19 +147,12 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
             opts = [str(opt) for opt in (*plan.opts, *row.opts)]
             place = folder / _safe(name) / f"seed{seed}"
             arguments = ["DATASETS.TRAIN", str((train,)), "DATASETS.TEST", str((test,)), *opts]
-            try:
-                cfg = load_config(config, arguments, settle=take_from_data)
-            except ValueError as error:
-                raise ValueError(f"row '{name}': {error}") from None
-            content = cfg.clone()
-            content.defrost()
-            content.OUTPUT_DIR, content.SEED = "", 0
-            content.DATALOADER.CACHE = ""  # which changes nothing
-            for key, value in choose_speed(cfg).items():
-                if key not in _CHANGES_NOTHING:
-                    set_key(content, key, value)
-            content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
-            hashes = {"code": code, "config": _hash(content.dump()), "data": data[train, test]}
+            if (name, train, test) not in configs:  # it takes time, as the data are read
+                try:
+                    configs[name, train, test] = _hash_config(config, arguments)
+                except ValueError as error:
+                    raise ValueError(f"row '{name}': {error}") from None
+            hashes = {"code": code, "config": configs[name, train, test], "data": data[train, test]}
             command = ("--config-file", config, "--train", train, "--val", test)
             command += ("--output", str(place), *opts, "SEED", str(seed))
             result = same.get(tuple({**hashes, "seed": seed}[key] for key in _IDENTITY))
@@ -206,6 +201,20 @@ def hash_code() -> str:
     return _hash(*versions, *(file.read_text() for file in files))
 
 
+def _hash_config(config_file: str, opts: Sequence[str]) -> str:
+    """Of what a config comes to, but for the seed, the output, and what data are called."""
+    cfg = load_config(config_file, opts, settle=take_from_data)
+    content = cfg.clone()
+    content.defrost()
+    content.OUTPUT_DIR, content.SEED = "", 0
+    content.DATALOADER.CACHE = ""  # which changes nothing
+    for key, value in choose_speed(cfg).items():
+        if key not in _CHANGES_NOTHING:
+            set_key(content, key, value)
+    content.DATASETS.TRAIN = content.DATASETS.TEST = ()  # which have a hash of their own
+    return _hash(content.dump())
+
+
 def _hash_data(name: str) -> str:
     """Of a data set's annotations, and of the names and sizes of its images."""
     if is_source(name):
@@ -231,7 +240,11 @@ def _splits(data: Data, seeds: Sequence[int], output: Path) -> dict[int, tuple[s
         return dict.fromkeys(seeds, (data.train, data.test))
     if not (data.all and data.folds > 1) or data.train or data.test:
         raise ValueError("data must have train and test, or all and at least two folds")
-    folds = make_folds(open_data(data.all), data.folds, output / "folds")
+    source = open_data(data.all)
+    try:
+        folds = make_folds(source, data.folds, output / "folds")
+    except OSError as error:
+        raise ValueError(f"'{output}' cannot be written to: {error.strerror}") from error
     return {seed: folds[i % data.folds] for i, seed in enumerate(seeds)}
 
 

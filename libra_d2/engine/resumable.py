@@ -1,6 +1,5 @@
 """detectron2's default trainer, which can be stopped and goes on as if it had not been."""
 
-import errno
 import logging
 import signal
 import time
@@ -13,6 +12,7 @@ from detectron2.evaluation import DatasetEvaluator, inference_context
 from detectron2.utils import comm
 from torch import nn
 
+from libra_d2.checkpoint import is_disk_full
 from libra_d2.data.workers import LoadingError, death_of_worker
 
 from .average import WeightAverage
@@ -37,9 +37,6 @@ from .validation import mean_losses
 from .weights import find_checkpoint, has_final_checkpoint
 
 __all__ = ["ResumableTrainer"]
-
-# Errors of disks, and of what one may have of them.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ResumableTrainer(DefaultTrainer):
@@ -222,7 +219,10 @@ class ResumableTrainer(DefaultTrainer):
 
     def after_step(self) -> None:
         """The parent's; then ends the run if a signal has come to any process."""
-        super().after_step()
+        try:
+            super().after_step()
+        except LoadingError as error:  # of the loader that precise batch norm has
+            self._stop_loading(error)
         self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
@@ -239,6 +239,12 @@ class ResumableTrainer(DefaultTrainer):
             self.save_checkpoint()
         raise StoppedError(f"{why}. {self._last()}", status)
 
+    def _stop_loading(self, error: LoadingError) -> None:
+        """Ends the run, after a step, if one process can't load images."""
+        if comm.get_world_size() > 1:  # the others don't know, and would not save with this one
+            raise StoppedError(f"{error}. {self._last()}") from error
+        self._stop(str(error), 2)
+
     def _stop_if_loader_died(self, error: RuntimeError) -> None:
         """Ends the run without saving, if this is how torch tells that a loading process died."""
         if death := death_of_worker(error):
@@ -252,28 +258,38 @@ class ResumableTrainer(DefaultTrainer):
         return f"The last checkpoint is '{last}'; go on with:\n  {how_to_resume()}"
 
     def _evaluate(self) -> dict:
+        self._last_eval_results = {}
+        self._last_eval_results = self.or_stop(self._measure)
+        return self._last_eval_results
+
+    def or_stop(self, measure: Callable[[], dict]) -> dict:
+        """What an evaluation after a step gives; a signal and what fails end it, and the run.
+
+        Returns:
+            Its results; none if they can't be written.
+
+        Raises:
+            StoppedError: if it ended before its time.
+        """
         self._stop_if_asked()
         # Nothing is lost where a single process leaves an evaluation: its step is finished.
         self.signals.at_once = comm.get_world_size() == 1
-        self._last_eval_results = {}
         try:
-            self._last_eval_results = self._measure()
+            return measure()
         except StoppedError:
             self._stop_by_signal(self.signals.received)
         except LoadingError as error:
-            if comm.get_world_size() > 1:  # the others don't know, and would not save with this one
-                raise StoppedError(f"{error}. {self._last()}") from error
-            self._stop(str(error), 2)
+            self._stop_loading(error)
         except RuntimeError as error:
             self._stop_if_loader_died(error)
             raise
         except OSError as error:
-            if error.errno not in _FULL:
+            if not is_disk_full(error):
                 raise
             logging.getLogger(__name__).warning("this evaluation cannot be written: %s", error)
+            return {}
         finally:
             self.signals.at_once = False
-        return self._last_eval_results
 
     def _measure(self) -> dict:
         """Scores, and what else the keys of ``TEST`` ask for."""

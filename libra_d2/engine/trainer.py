@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
-from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -19,8 +19,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from libra_d2.config import get_key
+from libra_d2.config import get_key, set_key
 from libra_d2.data.loader import (
     TestLoader,
     TrainLoader,
@@ -42,7 +43,8 @@ from .weights import WeightsCheckpointer
 
 __all__ = ["LibraTrainer"]
 
-
+# What grows and shrinks with the number of processes, and ends nothing at 0.
+_SCALED = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
 # Of what detectron2 has test-time augmentation.
 _AUGMENTED = {
     "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
@@ -92,6 +94,21 @@ class LibraTrainer(ResumableTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.signals = Signals()
         self.register_hooks(self.build_hooks())
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """The parent's, in which nothing that was above 0 becomes 0."""
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg:
+            return cfg
+        is_frozen = scaled.is_frozen()
+        scaled.defrost()
+        for key in _SCALED:
+            if get_key(cfg, key) > 0:
+                set_key(scaled, key, max(1, get_key(scaled, key)))
+        if is_frozen:
+            scaled.freeze()
+        return scaled
 
     @classmethod
     def check(cls, cfg: CfgNode, num_processes: int) -> None:
@@ -156,6 +173,20 @@ class LibraTrainer(ResumableTrainer):
         )
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """The parent's; tells if a warm-up is too long to reach the learning rate."""
+        solver = cfg.SOLVER
+        steps = solver.STEPS if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" else ()
+        end = min([solver.MAX_ITER, *steps])
+        if solver.BASE_LR and solver.WARMUP_ITERS >= end:
+            logging.getLogger(__name__).warning(
+                "SOLVER.WARMUP_ITERS %d is not below %d, where the learning rate falls or training "
+                "ends: SOLVER.BASE_LR is never reached",
+                *(solver.WARMUP_ITERS, end),
+            )
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -223,7 +254,7 @@ class LibraTrainer(ResumableTrainer):
         self.register_hooks(before)
 
     def _test_with_augmentation(self) -> dict:
-        results = self.test_with_augmentation(self.cfg, self.tested_model)
+        results = self.or_stop(lambda: self.test_with_augmentation(self.cfg, self.tested_model))
         if comm.is_main_process():
             # Those that TEST.EXPECTED_RESULTS is compared with.
             self._last_eval_results = {**self._last_eval_results, **results}

@@ -105,6 +105,8 @@ def _read_images(folder: Path, config: dict, dataset: str) -> tuple[str, list[st
     cfg.DATASETS.TEST = (name,)
     classes = config.get("DATASETS.CLASS_NAMES", config.get("dataloader.class_names")) or []
     cfg.DATASETS.CLASS_NAMES = list(classes)
+    bad = config.get("DATASETS.ON_BAD_BOXES", config.get("dataloader.on_bad_boxes"))
+    cfg.DATASETS.ON_BAD_BOXES = bad or cfg.DATASETS.ON_BAD_BOXES
     register_data(cfg, eval_only=True)
     records, metadata = DatasetCatalog.get(name), MetadataCatalog.get(name)
     ids = metadata.get("thing_dataset_id_to_contiguous_id")
