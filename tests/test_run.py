@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.events import EventStorage
 from tiny import command, fails, metrics, start
 from torch.multiprocessing import ProcessExitedException
 from toys import BASELINE, CONFIGS, LIBRA, toy_config
@@ -169,15 +170,19 @@ def test_two_cpu_processes_of_torchrun(tmp_path):
     assert [r["iteration"] for r in metrics(tmp_path) if "total_loss" in r] == [1]
 
 
-def test_an_evaluation_on_a_full_disk_has_no_results(monkeypatch, caplog):
+def test_an_evaluation_on_a_full_disk_ends_no_training(monkeypatch, caplog):
     """In the process that writes: the others of a run go on with theirs."""
 
     def evaluate(self, img_ids):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(COCOEvaluator, "evaluate", evaluate)
-    assert QuietCOCOEvaluator.__new__(QuietCOCOEvaluator).evaluate() == {}
+    evaluator = QuietCOCOEvaluator.__new__(QuietCOCOEvaluator)
+    with EventStorage():
+        assert evaluator.evaluate() == {}
     assert "this evaluation cannot be written: [Errno 28]" in caplog.text
+    with pytest.raises(OSError, match="No space left"):  # of nothing but an evaluation
+        evaluator.evaluate()
 
 
 def test_nothing_becomes_0_over_several_processes():

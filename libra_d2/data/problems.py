@@ -146,8 +146,9 @@ def _decode(path: Path) -> str:
 
 
 def find_mask_problems(coco: Coco) -> list[Problem]:
-    """Run-length encoded masks not of their image's size, which could take any memory; polygons
-    that are none.
+    """Run-length encoded masks not of their image's size, which could take any memory.
+
+    And objects whose polygons are none, which are not fatal.
     """
     images = {image.id: image for image in coco.images}
     bad = [

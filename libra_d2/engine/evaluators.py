@@ -17,6 +17,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 from detectron2.evaluation.coco_evaluation import _evaluate_box_proposals
+from detectron2.utils.events import has_event_storage
 
 from libra_d2.checkpoint import is_disk_full
 
@@ -40,7 +41,7 @@ class QuietCOCOEvaluator(COCOEvaluator):
     """detectron2's COCO evaluator; of box proposals it tells AR at 300 too (Libra R-CNN, table 3).
 
     pycocotools prints tables whose numbers detectron2 logs. On a disk that is full there are no
-    results.
+    results while a run trains, and an error else.
     """
 
     def evaluate(self, img_ids=None):
@@ -49,8 +50,8 @@ class QuietCOCOEvaluator(COCOEvaluator):
             with contextlib.redirect_stdout(_QuietThread(sys.stdout)):
                 return super().evaluate(img_ids)
         except OSError as error:
-            # Here, where one process alone writes: the others go on, and so has it to.
-            if not is_disk_full(error):
+            # In training the other processes, which don't write, go on, and so has this one to.
+            if not (is_disk_full(error) and has_event_storage()):
                 raise
             logging.getLogger(__name__).warning("this evaluation cannot be written: %s", error)
             return {}
