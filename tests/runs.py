@@ -1,5 +1,6 @@
 """Runs in this process on a tiny data set, and what can be done to them."""
 
+import json
 import os
 
 import pytest
@@ -78,3 +79,7 @@ def files(folder):
     """What a run has left, but for the log, which all runs of this process write to."""
     found = (f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "log.txt")
     return {str(f.relative_to(folder)): f.read_bytes() for f in found}
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]

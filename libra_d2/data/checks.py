@@ -83,43 +83,18 @@ def _check_coco(
     filter_empty: bool,
 ) -> list:
     """Checks what detectron2 and pycocotools will read of an annotation file; its categories."""
-    is_lvis = metadata.get("evaluator_type") == "lvis"
-    # pycocotools wants area and iscrowd of what it evaluates on.
-    needed = fields if for_training else (*fields, "area", *(() if is_lvis else ("iscrowd",)))
     try:
         coco = read_coco(PathManager.get_local_path(metadata.json_file))
-        for image in coco.images:
-            if not (image.coco_url if is_lvis else image.file_name):
-                raise ValueError(f"has no {'coco_url' if is_lvis else 'file_name'} of {image.id!r}")
-        if for_training and all(map(is_crowd, coco.annotations or ())):
-            raise ValueError("has no annotations, but for crowd regions and difficult objects")
-        annotations = coco.annotations or []
-        if metadata.name.startswith("voc:") and {"polygons", "segmentation"} & {*fields}:
-            raise ValueError("has no masks, as none of Pascal VOC's; MODEL.MASK_ON must be False")
-        with PathManager.open(metadata.json_file, "rb") as file:
-            if file.read(len(BOM)) == BOM:  # which the reader here passes over
-                raise ValueError("begins with a byte order mark; save it as UTF-8 without one")
-        if not is_source(metadata.name) and any(a.ignore for a in annotations):
-            raise ValueError(
-                "has annotations with ignore, which detectron2 does not read; name the data set in "
-                "place, as coco:..., where they are crowd regions"
-            )
-        if "polygons" in fields and for_training:
-            need_polygons(annotations)
-        need(annotations, tuple("segmentation" if f == "polygons" else f for f in needed))
-        if not for_training:
-            _check_ids(coco)
-            if {"polygons", "segmentation"} & {*fields}:
-                need_masks(annotations)
+        _check_annotations(coco, metadata, fields, for_training)
         problems = find_box_problems(coco, drop) + find_mask_problems(coco)
-        if not is_lvis and metadata.get("image_root"):
+        if not _is_lvis(metadata) and metadata.get("image_root"):
             problems += find_image_problems(coco, Path(metadata.image_root), allow_outside)
         raise_fatal(problems)
     except ValueError as error:
         # What is behind a data set named in place is nothing that a user knows.
         place = "" if is_source(metadata.name) else f"{metadata.json_file} "
         raise ValueError(f"{place}{error}") from None
-    filled = {a.image_id for a in annotations if not is_crowd(a)}
+    filled = {a.image_id for a in coco.annotations or () if not is_crowd(a)}
     num_empty = len(coco.images) - len(filled)
     if filter_empty and num_empty:
         logging.getLogger(__name__).warning(
@@ -131,6 +106,40 @@ def _check_coco(
     for problem in problems:
         logging.getLogger(__name__).warning("data set '%s' %s", metadata.name, problem.what)
     return coco.categories
+
+
+def _is_lvis(metadata) -> bool:
+    return metadata.get("evaluator_type") == "lvis"
+
+
+def _check_annotations(coco: Coco, metadata, fields: tuple, for_training: bool) -> None:
+    """Refuses what detectron2 and pycocotools do not read, and what lacks what they need."""
+    is_lvis, annotations = _is_lvis(metadata), coco.annotations or []
+    for image in coco.images:
+        if not (image.coco_url if is_lvis else image.file_name):
+            raise ValueError(f"has no {'coco_url' if is_lvis else 'file_name'} of {image.id!r}")
+    if for_training and all(map(is_crowd, annotations)):
+        raise ValueError("has no annotations, but for crowd regions and difficult objects")
+    has_masks = bool({"polygons", "segmentation"} & {*fields})
+    if metadata.name.startswith("voc:") and has_masks:
+        raise ValueError("has no masks, as none of Pascal VOC's; MODEL.MASK_ON must be False")
+    with PathManager.open(metadata.json_file, "rb") as file:
+        if file.read(len(BOM)) == BOM:  # which the reader here passes over
+            raise ValueError("begins with a byte order mark; save it as UTF-8 without one")
+    if not is_source(metadata.name) and any(a.ignore for a in annotations):
+        raise ValueError(
+            "has annotations with ignore, which detectron2 does not read; name the data set in "
+            "place, as coco:..., where they are crowd regions"
+        )
+    if "polygons" in fields and for_training:
+        need_polygons(annotations)
+    # pycocotools wants area and iscrowd of what it evaluates on.
+    needed = fields if for_training else (*fields, "area", *(() if is_lvis else ("iscrowd",)))
+    need(annotations, tuple("segmentation" if f == "polygons" else f for f in needed))
+    if not for_training:
+        _check_ids(coco)
+        if has_masks:
+            need_masks(annotations)
 
 
 def _check_ids(coco: Coco) -> None:

@@ -146,26 +146,27 @@ def _decode(path: Path) -> str:
 
 
 def find_mask_problems(coco: Coco) -> list[Problem]:
-    """Run-length encoded masks not of their image's size, which could take any memory.
+    """Run-length encoded masks of another size than their image, and polygons that are none."""
+    return _find_wrong_sizes(coco) + _find_useless_polygons(coco)
 
-    And objects whose polygons are none, which are not fatal.
-    """
+
+def _find_wrong_sizes(coco: Coco) -> list[Problem]:
+    """Run-length encoded masks not of their image's size, which could take any memory."""
     images = {image.id: image for image in coco.images}
     bad = [
         (a, images[a.image_id])
         for a in coco.annotations or ()
         if isinstance(a.segmentation, Rle) and not _covers(a.segmentation, images[a.image_id])
     ]
-    found = _find_useless_polygons(coco)
     if not bad:
-        return found
+        return []
     annotation, image = bad[0]
     mask, size = annotation.segmentation, (int(image.height), int(image.width))
     what = (
         f"has run-length encoded masks of another size than their image: {len(bad)}, the first of "
         f"{mask.size} and {_rle_length(mask.counts)} pixels in image '{_name(image)}' of {size}"
     )
-    return [Problem(what, is_fatal=True, annotation_ids=tuple(a.id for a, _ in bad)), *found]
+    return [Problem(what, is_fatal=True, annotation_ids=tuple(a.id for a, _ in bad))]
 
 
 def _find_useless_polygons(coco: Coco) -> list[Problem]:

@@ -30,8 +30,6 @@ _LONGEST = 480  # pixels of an image on a sheet
 # Negatives, by the IoU with the nearest ground truth.
 _BINS = ((0.1, (255, 235, 59)), (0.3, (255, 152, 0)), (1.0, (244, 67, 54)))
 _POSITIVE, _TRUTH = (76, 175, 80), (255, 255, 255)
-
-
 # What detectron2's evaluators measure.
 _METRIC = re.compile(r"AP(50|75|[smlrcf]|-.+)?|AR[sml]?@\d+")
 
