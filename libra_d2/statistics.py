@@ -52,10 +52,8 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dif
         raise ValueError(f"pairs must be complete, got {len(values)} and {len(baseline)}")
     differences = np.subtract(values, baseline)
     mean = float(differences.mean())
-    if len(differences) == 1:
+    if np.ptp(differences) == 0:  # of one pair, or without a spread: t has no interval
         return Difference(mean, float("nan"), float("nan"))
-    if np.ptp(differences) == 0:  # no spread: t has no interval but the point
-        return Difference(mean, mean, mean)
     interval = stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
     return Difference(mean, float(interval.low), float(interval.high))
 

@@ -15,7 +15,7 @@ from toys import CONFIGS, TOY, load_tool, run_tool
 from libra_d2.engine import ablation
 from libra_d2.engine import plan as plans
 from libra_d2.engine.comparison import read_results
-from libra_d2.engine.plan import ROOT, Data, Run, list_runs, read_plan
+from libra_d2.engine.plan import ROOT, Data, Run, check_unmixed, list_runs, read_plan
 
 PLANS = sorted((CONFIGS.parent / "tools" / "plans").glob("*.yaml"))
 
@@ -33,13 +33,43 @@ def test_tables_show_what_is_finished_so_far(data, tmp_path):
     base, *others = list(plan.rows)
     runs = list_runs(plan, tmp_path)
     finish(runs, others[0], 1)
-    ablate.write_tables(tmp_path / "plan", plan, runs)
+    results = ablate.keep_results(tmp_path / "plan.csv", runs, list(plan.rows))
+    (tmp_path / "plan.csv").unlink()
+    ablate.write_tables(tmp_path / "plan", plan, results)
     assert not list(tmp_path.glob("plan.*"))  # nothing to compare with yet
     finish(runs, base, 1)
-    ablate.write_tables(tmp_path / "plan", plan, runs)
+    results = ablate.keep_results(tmp_path / "plan.csv", runs, list(plan.rows))
+    ablate.write_tables(tmp_path / "plan", plan, results)
     table = (tmp_path / "plan.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {base}", f"| {others[0]}"]
     assert (tmp_path / "plan.png").stat().st_size > 1000
+
+
+def test_tables_keep_the_rows_of_other_calls(data, tmp_path):
+    """Of one before, and of one at the same time."""
+    ablate, plan = load_tool("ablate.py"), read_plan(str(PLANS[0]))
+    plan.data, rows, file = Data(train=data, test=data), list(plan.rows), tmp_path / "plan.csv"
+    runs = list_runs(plan, tmp_path)
+    for row in (rows[2], rows[1], rows[0]):
+        finish(runs, row, 1)
+        own = [run for run in runs if run.row == row]
+        results = ablate.keep_results(file, own, rows)
+    assert [result["row"] for result in results] == rows[:3]
+    assert read_results(file) == results
+    ablate.write_tables(tmp_path / "plan", plan, results)
+    assert len((tmp_path / "plan.md").read_text().splitlines()) == 2 + 3
+
+
+def test_pairs_of_two_devices_are_told(capsys):
+    ablate, found = load_tool("ablate.py"), results(base=[50.0, 51.0], row=[52.0, 53.0])
+    ablate.tell_of_devices(found, "base")
+    assert not capsys.readouterr().err
+    found[3]["device"] = "gpu"
+    ablate.tell_of_devices(found, "base")
+    assert (
+        "row 'row', seed 2 was computed on 'gpu' and the baseline on 'cpu'"
+        in capsys.readouterr().err
+    )
 
 
 def finish(runs, row, seed):
@@ -105,6 +135,11 @@ class TestRuns:
         with pytest.raises(ValueError, match="cannot be written to"):
             list(ablation.run_all([a_run] * 3, 1))
 
+    def test_the_parts_of_an_interrupted_one_add_up(self, a_run):
+        a_run.folder.mkdir(parents=True)
+        assert ablation._add_seconds(a_run, 1.5) == 1.5
+        assert ablation._add_seconds(a_run, 2.0) == 3.5
+
     def test_gpus_are_those_that_are_visible(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -165,6 +200,36 @@ def test_folds_hold_each_image_out_once(data, tmp_path):
     assert sorted(held_out) == list(range(1, 9))
 
 
+def test_a_seed_has_its_fold_whatever_the_others(data, tmp_path):
+    plan = read_plan(str(PLANS[0]))
+    plan.data, plan.rows = Data(all=data, folds=4), dict(list(plan.rows.items())[:1])
+    plan.seeds = [1, 2, 3, 4]
+    hashes = {run.seed: run.hashes for run in list_runs(plan, tmp_path)}
+    plan.seeds = [7]
+    (alone,) = list_runs(plan, tmp_path)
+    assert alone.hashes == hashes[3]
+    plan.seeds = [1, 5]
+    with pytest.raises(ValueError, match="seeds 1 and 5 would have the same of 4 folds"):
+        list_runs(plan, tmp_path)
+
+
+def test_folds_of_other_sizes_go_on(data, tmp_path):
+    """With epochs they have another number of iterations each, hence another config."""
+    plan = read_plan(str(PLANS[0]))
+    plan.data, plan.seeds = Data(all=data, folds=3), [1, 2, 3]
+    plan.rows = dict(list(plan.rows.items())[:2])
+    plan.opts = ["SOLVER.MAX_EPOCHS", 4]
+    runs = list_runs(plan, tmp_path)
+    assert len({run.hashes["config"] for run in runs}) > 2
+    found = [{**run.hashes, "row": run.row, "seed": run.seed} for run in runs]
+    check_unmixed(found, runs, tmp_path)
+    for run in runs:  # of other seeds nothing is known
+        check_unmixed(found, [run], tmp_path)
+    for key, other in (("config", found[-1]["config"]), ("data", found[-1]["data"]), ("code", "x")):
+        with pytest.raises(ValueError, match=f"a result of other {key}"):
+            check_unmixed([{**found[0], key: other}], runs, tmp_path)
+
+
 def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     plan = {
         "config": "configs/Demo/Base-Demo.yaml",
@@ -205,7 +270,7 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     lines = (output / "plan.csv").read_text().splitlines(keepends=True)
     (output / "plan.csv").write_text("".join(lines[:2]) + lines[1].replace("base,1,", "base,2,"))
     third = run_tool("ablate.py", file, "--output", output)
-    assert third.returncode == 0 and third.stdout == first.stdout
+    assert third.returncode == 0 and "| base | 2 |" in third.stdout
     found = [(r["row"], r["seed"]) for r in read_results(output / "plan.csv")]
     assert found == [("base", 1), ("base", 2), ("ball", 1)]
 

@@ -50,7 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--train", metavar="DATA", help="instead of the plan's")
     parser.add_argument("--test", metavar="DATA", help="instead of the plan's")
-    parser.add_argument("--folds", nargs=2, metavar=("DATA", "N"), help="cross-validation")
+    parser.add_argument(
+        "--folds", nargs=2, metavar=("DATA", "N"), help="cross-validation, seeds 1 to N"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the plan's")
     parser.add_argument("--rows", nargs="+", help="only these; the first is compared with")
     parser.add_argument(
@@ -60,37 +62,58 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def keep_results(
-    csv_file: Path, earlier: Sequence[dict], runs: Sequence[Run], rows: Sequence[str]
-) -> None:
-    """Writes the results of runs, and earlier ones of other rows and seeds, in the plan's order."""
+def keep_results(csv_file: Path, runs: Sequence[Run], rows: Sequence[str]) -> list[dict]:
+    """Writes the results of runs beside those that are there, of other rows and seeds.
+
+    Args:
+        csv_file: what is there is read anew each time, as another ablate.py may have written it.
+        runs: of a plan.
+        rows: in whose order results are written.
+
+    Returns:
+        All of them.
+    """
+    earlier = read_results(csv_file) if csv_file.is_file() else []
     results = {(result["row"], result["seed"]): result for result in earlier}
-    results |= {(run.row, run.seed): run.result() for run in runs if run.result()}
+    results |= {(run.row, run.seed): result for run in runs if (result := run.result())}
     places = {row: i for i, row in enumerate(rows)}
-    ordered = sorted(results.items(), key=lambda item: (places.get(item[0][0], len(rows)), item[0]))
+    ordered = sorted(results, key=lambda key: (places.get(key[0], len(rows)), key))
+    ordered = [results[key] for key in ordered]
     if ordered:
-        ordered = [result for _, result in ordered]
         write_whole(str(csv_file), lambda file: write_csv(ordered, Path(file)))
+    return ordered
 
 
 def write_tables(
-    place: Path, plan: Plan, runs: Sequence[Run], detections: dict | None = None
+    place: Path, plan: Plan, results: Sequence[dict], detections: dict | None = None
 ) -> list[Line]:
-    """Writes what the finished runs show, as Markdown and as a picture, once there is a baseline.
+    """Writes what results show, as Markdown and as a picture, once there is a baseline.
 
     Args:
         place: of the files, without their endings.
         plan: what is compared with what.
-        runs: of the plan.
+        results: of runs, the baseline's first.
         detections: as :func:`libra_d2.engine.comparison.compare` takes them.
     """
-    results = [result for run in runs if (result := run.result())]
     lines = compare(results, plan.metric, plan.baseline, detections)
     if lines and lines[0].row == plan.baseline:
         table = make_table(lines, plan.metric)
         write_whole(f"{place}.md", lambda file: Path(file).write_text(table))
         write_whole(f"{place}.png", lambda file: plot(lines, plan.metric, Path(file)))
     return lines
+
+
+def tell_of_devices(results: Sequence[dict], baseline: str) -> None:
+    """Warns of seeds whose rows were not all computed on the device of the baseline."""
+    devices = {result["seed"]: result["device"] for result in results if result["row"] == baseline}
+    mixed = [r for r in results if devices.get(r["seed"], r["device"]) != r["device"]]
+    if mixed:
+        row, seed, device = (mixed[0][key] for key in ("row", "seed", "device"))
+        print(
+            f"warning: row '{row}', seed {seed} was computed on '{device}' and the baseline on "
+            f"'{devices[seed]}', which makes as much of a difference as another seed",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,10 +133,13 @@ def main(argv: list[str] | None = None) -> None:
             if not args.folds[1].isdigit():
                 raise ValueError(f"--folds must be a data set and a number, got {args.folds[1]}")
             plan.data = Data(all=args.folds[0], folds=int(args.folds[1]))
+            args.seeds = args.seeds or list(range(1, plan.data.folds + 1))
         unknown = [row for row in args.rows or () if row not in plan.rows]
         if unknown:
             raise ValueError(f"there is no row '{unknown[0]}'; there is {', '.join(plan.rows)}")
+        all_rows = list(plan.rows)
         plan.rows = {row: plan.rows[row] for row in args.rows or plan.rows}
+        rows = list(dict.fromkeys([plan.baseline, *all_rows]))
         if args.seeds:
             plan.seeds = args.seeds
             for row in plan.rows.values():
@@ -124,14 +150,14 @@ def main(argv: list[str] | None = None) -> None:
         known = {file: read_results(file) for file in sorted(output.glob("*.csv"))}
         runs = list_runs(plan, folder, [result for results in known.values() for result in results])
         csv_file = output / f"{name}.csv"
-        earlier = known.get(csv_file, [])
-        check_unmixed(earlier, runs, csv_file)
-        keep_results(csv_file, earlier, runs, list(plan.rows))
+        check_unmixed(known.get(csv_file, []), runs, csv_file)
+        results = keep_results(csv_file, runs, rows)
         with contextlib.closing(run_all(runs, args.jobs)) as finished:
             for _ in finished:
-                keep_results(csv_file, earlier, runs, list(plan.rows))
-                write_tables(output / name, plan, runs)
-        lines = write_tables(output / name, plan, runs, find_detections(runs))
+                results = keep_results(csv_file, runs, rows)
+                write_tables(output / name, plan, results)
+        lines = write_tables(output / name, plan, results, find_detections(runs))
+    tell_of_devices(results, plan.baseline)
     print(make_table(lines, plan.metric))
     if any(line.num_seeds == 1 for line in lines):
         print(ONE_SEED)

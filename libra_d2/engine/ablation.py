@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import queue
 import re
 import shutil
@@ -85,6 +86,7 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
                 env=_environment(place, jobs),
             )
             memory = _wait(process, stop)
+            seconds = _add_seconds(run, time.time() - start)
     finally:
         places.put(place)
     if memory is None:
@@ -96,7 +98,7 @@ def _train(run: Run, jobs: int, places: queue.Queue, stop: threading.Event) -> R
             f"{lines[-1] if lines else 'without a word'}"
         )
     result = _score(run, jobs)
-    result["seconds"] = round(time.time() - start, 1)  # of the last part, if it was interrupted
+    result["seconds"] = round(seconds, 1)
     result["memory_mib"] = _gpu_memory(run) or memory
     partial_file = run.file.with_suffix(".partial")
     partial_file.write_text(json.dumps(result, indent=1))
@@ -149,7 +151,16 @@ def _device(jobs: int) -> str:
     """What a run was computed on; the number of threads changes the order of sums."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"cpu, {_threads(jobs)} threads"
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{name}, {_threads(jobs)} threads"
+
+
+def _add_seconds(run: Run, seconds: float) -> float:
+    """What all parts of a run have taken, which was interrupted between them."""
+    file = run.folder / "seconds.txt"
+    seconds += float(file.read_text()) if file.is_file() else 0.0
+    file.write_text(str(seconds))
+    return seconds
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event) -> int | None:
@@ -175,7 +186,7 @@ def _score(run: Run, jobs: int) -> dict:
         "row": run.row,
         "seed": run.seed,
         **{key: value for key, value in scored[-1].items() if "/A" in key},
-        "iterations": records[-1]["iteration"],
+        "iterations": 1 + max(r["iteration"] for r in records if "total_loss" in r),
         "device": _device(jobs),
         **run.hashes,
     }

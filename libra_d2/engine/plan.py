@@ -53,7 +53,7 @@ class Plan(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         config: of the rows that name none, relative to this project.
         rows: by name; the first is the baseline.
         data: "train" and "test", or "all" and "folds".
-        seeds: of each row; with folds, each seed has a fold of its own.
+        seeds: of each row; with folds, seed 1 has the first, and each a fold of its own.
         opts: overrides for all rows.
         metric: what is compared.
     """
@@ -103,6 +103,7 @@ class Run:
     test: str
     hashes: dict[str, str]
     known: dict | None = None
+    is_in_folds: bool = False
 
     @property
     def file(self) -> Path:
@@ -157,7 +158,8 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
             command += ("--output", str(place), *opts, "SEED", str(seed))
             result = same.get(tuple({**hashes, "seed": seed}[key] for key in _IDENTITY))
             result = {**result, "row": name} if result else None
-            run = Run(name, seed, place, command, test, hashes, result)
+            is_in_folds = bool(plan.data.folds)
+            run = Run(name, seed, place, command, test, hashes, result, is_in_folds)
             if run.file.is_file():
                 check_unmixed([run.result()], [run], place)
             runs.append(run)
@@ -175,15 +177,18 @@ def check_unmixed(results: Sequence[dict], runs: Sequence[Run], where: Path) -> 
     Raises:
         ValueError: if one is of other code, of another config of its row, or of other data.
     """
-    configs = {run.row: run.hashes["config"] for run in runs}
-    data = {run.seed: run.hashes["data"] for run in runs}
-    common = next(iter(data.values())) if len(set(data.values())) == 1 else None
+
+    def part(seed: int) -> int:  # in folds each seed has its data, and with epochs its config
+        return seed if runs[0].is_in_folds else 0
+
+    configs = {(run.row, part(run.seed)): run.hashes["config"] for run in runs}
+    data = {part(run.seed): run.hashes["data"] for run in runs}
     for result in results:
         row, seed = result["row"], result["seed"]
         expected = {
             "code": runs[0].hashes["code"],
-            "config": configs.get(row),
-            "data": data.get(seed, common),
+            "config": configs.get((row, part(seed))),
+            "data": data.get(part(seed)),
         }
         other = [key for key, value in expected.items() if value not in (None, result[key])]
         if other:
@@ -245,7 +250,15 @@ def _splits(data: Data, seeds: Sequence[int], output: Path) -> dict[int, tuple[s
         folds = make_folds(source, data.folds, output / "folds")
     except OSError as error:
         raise ValueError(f"'{output}' cannot be written to: {error.strerror}") from error
-    return {seed: folds[i % data.folds] for i, seed in enumerate(seeds)}
+    of_fold: dict[int, int] = {}
+    for seed in seeds:
+        fold = (seed - 1) % data.folds
+        if of_fold.setdefault(fold, seed) != seed:
+            raise ValueError(
+                f"seeds {of_fold[fold]} and {seed} would have the same of {data.folds} folds; "
+                "intervals are over folds: give each its own"
+            )
+    return {seed: folds[fold] for fold, seed in of_fold.items()}
 
 
 def _hash(*texts: str) -> str:
