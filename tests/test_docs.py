@@ -50,6 +50,26 @@ def tool():
     return load_tool("config_reference.py")
 
 
+def test_what_others_are_told_is_there():
+    """The keys of docs/migrating.md, and the options of its programs."""
+    text = (CONFIGS.parent / "docs" / "migrating.md").read_text()
+    cfg = get_cfg()
+    add_libra_config(cfg)
+    keys, found = dict(list_keys(cfg)), []
+    for cell in re.findall(r"\|([^|]*)\|$", text, flags=re.MULTILINE):
+        for key in re.findall(r"`\.?([A-Z][A-Z0-9_.]+)\b", cell):
+            if "." not in key and key not in keys:  # beside the one before it
+                key = f"{found[-1].rpartition('.')[0]}.{key}"
+            assert key in keys, key
+            found.append(key)
+    assert len(found) > 40
+    helps = [
+        load_tool(name).make_parser().format_help() for name in ("predict.py", "export_model.py")
+    ]
+    for option in ("--threshold", "--classes", "--txt", "--crop", "--save-images", "--half"):
+        assert option in text and any(option in told for told in helps), option
+
+
 class TestConfigReference:
     """docs/config.md is what config.py says."""
 
