@@ -23,7 +23,7 @@ from libra_d2.inference.predict import predict
 
 @pytest.fixture(scope="module")
 def detector(trained):
-    return Detector(trained, threshold=0.0)
+    return Detector(trained, threshold=0.0, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ class TestDetector:
             array[:, :-40],
             array[:-30],
         ]
-        expected = Detector(trained, threshold=0.0)(images)
-        detector, sizes = Detector(trained, threshold=0.0, batch_size=2), []
+        expected = Detector(trained, threshold=0.0, device="cpu")(images)
+        detector, sizes = Detector(trained, threshold=0.0, device="cpu", batch_size=2), []
         forward = detector.model.forward
         monkeypatch.setattr(
             detector.model, "forward", lambda x: (sizes.append(len(x)), forward(x))[1]
@@ -80,7 +80,7 @@ class TestDetector:
             np.testing.assert_allclose(result.scores, other.scores, atol=1e-5)
 
     def test_half_precision(self, trained, detector, image):
-        half = Detector(trained, threshold=0.0, half=True)
+        half = Detector(trained, threshold=0.0, device="cpu", half=True)
         dtypes = set()
         for module in half.model.modules():
             if isinstance(module, torch.nn.Conv2d):
@@ -207,7 +207,7 @@ class TestPredict:
         records = json.loads((tmp_path / "a.json").read_text())
         content = json.loads((data / "coco" / "annotations.json").read_text())
         names = {c["id"]: c["name"] for c in content["categories"]}
-        detector = Detector(trained, threshold=0.0)
+        detector = Detector(trained, threshold=0.0, device="cpu")
         first = content["images"][0]
         expected = detector(data / "coco" / "images" / first["file_name"]).class_names
         got = [names[r["category_id"]] for r in records if r["image_id"] == first["id"]]

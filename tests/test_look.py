@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from libra_d2.modeling import LibraFastRCNNOutputLayers, LibraROIHeads, roi_heads
+from libra_d2.modeling.half import tf32
 from libra_d2.modeling.look import Look, LookPooler, can_look
 
 CONV = ("MODEL.ROI_BOX_HEAD.NUM_CONV", 2, "MODEL.ROI_BOX_HEAD.CONV_DIM", 16)
@@ -49,7 +50,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 )
 def device(request):
     if request.param == "cuda":
-        yield "cuda"
+        with tf32(False):
+            yield "cuda"
         return
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils.events import EventStorage
 from tiny import command, fails, metrics, start
@@ -20,6 +21,7 @@ from toys import BASELINE, CONFIGS, LIBRA, toy_config
 from libra_d2.checkpoint import write_weights
 from libra_d2.engine import LibraTrainer, check_run, launch, load_config, main
 from libra_d2.engine.evaluators import QuietCOCOEvaluator
+from libra_d2.engine.launch import check_processes
 
 ROOT = CONFIGS.parent
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -221,6 +223,34 @@ def test_machines_with_a_process_each_end_as_it_does(monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         launch(print, SimpleNamespace(num_machines=2, **args), "cpu", ())
     assert exit_.value.code == 75
+
+
+def an_args(**values):
+    both = {"num_gpus": 1, "num_processes": 1, "num_machines": 1, "machine_rank": 0}
+    url = default_argument_parser().get_default("dist_url")
+    return SimpleNamespace(**{**both, "dist_url": url, **values})
+
+
+def test_devices_and_processes_must_fit(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_processes(an_args(num_gpus=2), "cuda")
+    check_processes(an_args(), "cuda:1")
+    with pytest.raises(ValueError, match="cuda:1 is one GPU and there are 2 processes"):
+        check_processes(an_args(num_gpus=2), "cuda:1")
+    with pytest.raises(ValueError, match="--num-gpus 2 and MODEL.DEVICE cpu contradict"):
+        check_processes(an_args(num_gpus=2), "cpu")
+
+
+def test_runs_of_one_machine_have_ports_of_their_own(monkeypatch):
+    urls = []
+    monkeypatch.setattr(
+        sys.modules["libra_d2.engine.launch"],
+        "detectron2_launch",
+        lambda *args, dist_url, **kwargs: urls.append(dist_url),
+    )
+    for values in ({"num_gpus": 2}, {"num_gpus": 2, "dist_url": "tcp://x:1"}, {"num_machines": 2}):
+        launch(print, an_args(**values), "cuda", ())
+    assert urls == ["auto", "tcp://x:1", an_args().dist_url]
 
 
 TWO_RANKS = """

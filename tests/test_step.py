@@ -1,8 +1,61 @@
 """Steps that are not finite, and images that can not be read."""
 
+import pytest
 import torch
 from formats import make_coco
 from runs import at_iteration
+from torch import nn
+
+from libra_d2.engine.speed import fuse
+from libra_d2.engine.step import CheckedTrainer
+from libra_d2.engine.stopping import NonFiniteError
+
+
+def make_trainer(kind, is_fast):
+    torch.manual_seed(0)
+    model = nn.Conv2d(4, 4, 3, bias=False)
+    if is_fast:
+        model.to(memory_format=torch.channels_last)
+    optimizer = kind(
+        model.parameters(), lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {})
+    )
+    if is_fast:
+        fuse(optimizer)
+    trainer = CheckedTrainer(model, [], optimizer)
+    trainer.iter = 0
+    return trainer
+
+
+def take_steps(trainer, seeds):
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        weight = trainer.model.weight
+        weight.grad = torch.empty_like(weight).copy_(torch.randn(4, 4, 3, 3, generator=generator))
+        trainer.optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("was_fast", [False, True])
+def test_steps_go_on_in_another_layout_and_way(kind, was_fast):
+    """Of SOLVER.FUSED and MODEL.CHANNELS_LAST; torch takes both from the checkpoint."""
+    whole, first, second = (make_trainer(kind, fast) for fast in (False, was_fast, not was_fast))
+    take_steps(whole, [1, 2, 3, 4])
+    take_steps(first, [1, 2])
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert bool(second.optimizer.param_groups[0]["fused"]) is not was_fast
+    take_steps(second, [3, 4])
+    torch.testing.assert_close(second.model.weight, whole.model.weight, check_stride=False)
+
+
+def test_gradients_that_stay_infinite_in_float16_stop_it():
+    trainer = make_trainer(torch.optim.SGD, False)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-9)
+    losses = {"loss": torch.ones(())}
+    assert trainer._read(losses) == ({"loss": 1.0}, True)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-11)
+    with pytest.raises(NonFiniteError, match="not finite in float16, at scales down to 0.0005"):
+        trainer._read(losses)
 
 
 class TestNumbers:

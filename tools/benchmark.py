@@ -25,6 +25,7 @@ from benchmarks.measuring import DEVICE, TABLES
 
 from libra_d2.checkpoint import write_whole
 from libra_d2.engine.run import one_sentence_errors
+from libra_d2.modeling.half import tf32
 
 BENCHMARKS = {
     "samplers": samplers.benchmark_samplers,
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--json '{args.json}' must be a file in a folder that exists")
         for what in args.what or _WITHOUT_BEING_ASKED:
             try:
-                BENCHMARKS[what](args.repeats)
+                with tf32(False):  # float32 is float32, unless a table says otherwise
+                    BENCHMARKS[what](args.repeats)
             finally:
                 if args.json and TABLES:  # after each, as all take long
                     _write(args.json, name)

@@ -68,9 +68,10 @@ def export_detector(
     samples = _samples(detector, images or _test_images(detector), batch, format)
 
     def write(path: str) -> None:
-        export_model(detector.model, path, format=format, image=samples[0], half=half)
-        # A GPU would round convolutions to TF32, which a file that runs on a CPU does not.
+        # A GPU would round convolutions to TF32, which a file that runs on a CPU does not; a traced
+        # one keeps what it was traced with.
         with torch.no_grad(), tf32(False):
+            export_model(detector.model, path, format=format, image=samples[0], half=half)
             record["agreed_at"] = check_agreement(
                 Exportable(detector.model).eval(),
                 open_exported(path, format),
@@ -96,7 +97,7 @@ def _describe(detector: Detector, format: str, batch: int, half: bool) -> dict:
         "precision": "half" if half else "float32",
         "classes": detector.names,
         "score_threshold": detector.threshold,
-        "device": detector.model.device.type,
+        "device": str(detector.model.device),
         "input": {
             "name": "images",
             "shape": ["any" if format == "script" else batch, 3, "height", "width"],

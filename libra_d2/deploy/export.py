@@ -93,7 +93,7 @@ def export_model(
         model = make_plain(model)  # the others trace a balanced pyramid as it is, for all sizes
     elif half:
         on_cpu = image.device.type == "cpu" and format != "onnx"
-        model = compute_in(torch.bfloat16 if on_cpu else torch.float16, model)
+        model = compute_in(torch.bfloat16 if on_cpu else torch.float16, model, for_graph=True)
     if format == "torch-export":
         _export_graph(model, file, image)
         return

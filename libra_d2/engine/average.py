@@ -51,6 +51,7 @@ class WeightAverage:
         self.is_loaded = True
 
     def _add(self, averaged: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor) -> None:
-        share = min(self.decay, (1 + int(steps)) / (10 + int(steps)))
+        steps = int(self._averaged.n_averaged)  # on the CPU, where no GPU is waited for
+        share = min(self.decay, (1 + steps) / (10 + steps))
         with torch.no_grad():
             get_ema_multi_avg_fn(share)(averaged, current, steps)

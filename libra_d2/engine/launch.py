@@ -11,7 +11,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
@@ -86,10 +88,16 @@ def check_processes(args: argparse.Namespace, device: str) -> None:
     """Checks that each process of this machine can have the device it needs.
 
     Raises:
-        ValueError: if there are too few GPUs, or GPUs are asked for and not.
+        ValueError: if there are too few GPUs, one for several, or GPUs are asked for and not.
     """
     on_gpu = torch.device(device).type == "cuda"
     num_gpus = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else args.num_gpus
+    index, num_processes = torch.device(device).index, count_processes(args)
+    if on_gpu and index is not None and num_processes > 1:
+        raise ValueError(
+            f"MODEL.DEVICE {device} is one GPU and there are {num_processes} processes; give "
+            "MODEL.DEVICE cuda"
+        )
     if on_gpu and args.num_gpus == 0:
         raise ValueError(f"--num-gpus 0 and MODEL.DEVICE {device} contradict each other")
     # One GPU is the default, which also without a GPU means one process.
@@ -98,6 +106,11 @@ def check_processes(args: argparse.Namespace, device: str) -> None:
             f"{num_gpus} GPUs are asked for and torch finds {torch.cuda.device_count()}; "
             "for CPU processes give --num-gpus 0 --num-processes N"
         )
+    if not on_gpu and args.num_gpus > 1 and not under_torchrun():
+        raise ValueError(
+            f"--num-gpus {args.num_gpus} and MODEL.DEVICE {device} contradict each other; for CPU "
+            "processes give --num-gpus 0 --num-processes N"
+        )
 
 
 def launch(main: Callable, args: argparse.Namespace, device: str, main_args: tuple) -> None:
@@ -105,23 +118,26 @@ def launch(main: Callable, args: argparse.Namespace, device: str, main_args: tup
     on_gpu = torch.device(device).type == "cuda"
     if under_torchrun():
         _join_torchrun(on_gpu)
-        try:
-            main(*main_args)
-        finally:
-            dist.destroy_process_group()
+        main(*main_args)
+        # Not where it fails: NCCL would wait there for processes that do not know.
+        dist.destroy_process_group()
         return
+    if on_gpu and (index := torch.device(device).index) is not None:
+        torch.cuda.set_device(index)  # of which random states are kept, and memory is told
     on_cpu, num_processes = args.num_processes > 1, max(1, args.num_gpus, args.num_processes)
     if on_cpu and torch.cuda.is_available():
         # detectron2 takes NCCL wherever there is a GPU; the processes it starts must see none.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     starts_processes = num_processes * args.num_machines > 1
+    # detectron2's default is one port for all runs of a user.
+    is_named = not on_cpu and args.dist_url != default_argument_parser().get_default("dist_url")
     with _as_parent() if starts_processes else contextlib.nullcontext():
         detectron2_launch(
             _limit_threads if on_cpu else main,
             num_processes,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
-            dist_url="auto" if on_cpu and args.num_machines == 1 else args.dist_url,
+            dist_url="auto" if args.num_machines == 1 and not is_named else args.dist_url,
             args=(main, args.num_processes, main_args) if on_cpu else main_args,
         )
 
@@ -173,5 +189,6 @@ def _join_torchrun(on_gpu: bool) -> None:
         store=dist.PrefixStore(f"start{start}", store),
         rank=rank,
         world_size=num_processes,
+        timeout=DEFAULT_TIMEOUT,  # processes wait while the first one scores
     )
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))

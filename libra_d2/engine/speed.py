@@ -124,7 +124,8 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
         raise ValueError(
             f"SOLVER.AMP.DTYPE float16 needs a GPU; on MODEL.DEVICE {cfg.MODEL.DEVICE} use bfloat16"
         )
-    if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported():
+    emulated = {"including_emulation": False}  # which is slow
+    if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(**emulated):
         raise ValueError("SOLVER.AMP.DTYPE bfloat16 is not supported by this GPU; use float16")
     return dtype
 

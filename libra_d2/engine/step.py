@@ -17,6 +17,11 @@ from .stopping import NonFiniteError
 
 __all__ = ["CheckedTrainer"]
 
+# How an optimizer computes a step, which a checkpoint's state of it would settle too.
+_WAYS = ("fused", "foreach")
+# Of float16's gradients; it begins at 65536 and halves at each step whose gradients are infinite.
+_SMALLEST_SCALE = 2.0**-10
+
 
 class CheckedTrainer(SimpleTrainer):
     """detectron2's step, which changes nothing where losses or gradients are not finite.
@@ -55,8 +60,8 @@ class CheckedTrainer(SimpleTrainer):
 
         Raises:
             LoadingError: if there is no batch.
-            NonFiniteError: if it is not finite and ``max_skipped`` others were not; no weight has
-                changed.
+            NonFiniteError: if it is not finite and ``max_skipped`` others were not, or if in
+                float16 no gradients have been for long; no weight has changed.
         """
         start = time.perf_counter()
         batch = self._load()
@@ -103,11 +108,16 @@ class CheckedTrainer(SimpleTrainer):
             parameters = (p for group in self.optimizer.param_groups for p in group["params"])
             gradients = [p.grad for p in parameters if p.grad is not None]
             values.append(nn.utils.get_total_norm(gradients).float())
-        numbers = torch.stack(values).tolist()
+        scale = self.grad_scaler.scale(torch.ones_like(values[0]))  # 1 if nothing is scaled
+        *numbers, scale = torch.stack([*values, scale]).tolist()
         is_finite = all(map(math.isfinite, numbers[: len(losses)] if is_scaled else numbers))
+        if scale < _SMALLEST_SCALE:
+            raise NonFiniteError(
+                f"in iteration {self.iter} and many before it gradients were not finite in "
+                f"float16, at scales down to {scale:.1g}; SOLVER.AMP.DTYPE bfloat16 reaches further"
+            )
         if self.logs_grad_norm:
-            norm = numbers[-1] / self.grad_scaler.get_scale()
-            get_event_storage().put_scalar("grad_norm", norm)
+            get_event_storage().put_scalar("grad_norm", numbers[-1] / scale)
         if comm.get_world_size() > 1:
             is_finite = all(comm.all_gather(is_finite))
         return dict(zip(losses, numbers, strict=False)), is_finite
@@ -144,11 +154,33 @@ class CheckedTrainer(SimpleTrainer):
         return {**state, "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes a state of the parent's too."""
+        """Takes a state of the parent's too; how steps are computed stays as it is here."""
+        ways = [{k: g[k] for k in _WAYS if k in g} for g in self.optimizer.param_groups]
         super().load_state_dict(state_dict)
+        for group, way in zip(self.optimizer.param_groups, ways, strict=True):
+            group.update(way)
+        self._suit_optimizer()
         self.num_skipped = state_dict.get("num_skipped", 0)
         if "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def _suit_optimizer(self) -> None:
+        """Gives the optimizer's state the layout of its parameters, which a fused step relies on.
+
+        torch loads it as it was saved, maybe with ``MODEL.CHANNELS_LAST`` or ``SOLVER.FUSED``
+        otherwise.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.optimizer.state.get(parameter, {})
+                for name, value in state.items():
+                    if not torch.is_tensor(value):
+                        continue
+                    if name == "step":
+                        device = parameter.device if group.get("fused") else "cpu"
+                        state[name] = value.to(device)
+                    elif value.shape == parameter.shape and value.stride() != parameter.stride():
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _names(batch: list[dict]) -> str:

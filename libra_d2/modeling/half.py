@@ -15,12 +15,14 @@ __all__ = ["compute_in", "tf32"]
 _NETWORKS = ("backbone", "head", "roi_heads.box_head")
 
 
-def compute_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+def compute_in(dtype: torch.dtype, model: nn.Module, *, for_graph: bool = False) -> nn.Module:
     """A copy of a detector whose backbone and heads compute in another dtype.
 
     Args:
         dtype: float16 or bfloat16.
         model: detectron2's, in evaluation mode.
+        for_graph: whether it will be traced: the cast of a weight that is used again would be a
+            constant there, beside the weight.
     """
     model = copy.deepcopy(model)
     for name in _NETWORKS:
@@ -30,9 +32,9 @@ def compute_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
             owner = getattr(owner, part, None)
         network = getattr(owner, own, None)
         if isinstance(network, nn.ModuleList):
-            setattr(owner, own, nn.ModuleList(_In(dtype, one) for one in network))
+            setattr(owner, own, nn.ModuleList(_In(dtype, one, not for_graph) for one in network))
         elif isinstance(network, nn.Module):
-            setattr(owner, own, _In(dtype, network))
+            setattr(owner, own, _In(dtype, network, not for_graph))
     return model
 
 
@@ -52,14 +54,13 @@ def tf32(allowed: bool) -> Iterator[None]:
 class _In(nn.Module):
     """A network in another dtype, with outputs of float32."""
 
-    def __init__(self, dtype: torch.dtype, network: nn.Module):
+    def __init__(self, dtype: torch.dtype, network: nn.Module, keeps_casts: bool):
         super().__init__()
-        self.dtype, self.network = dtype, network
+        self.dtype, self.network, self.keeps_casts = dtype, network, keeps_casts
 
     def forward(self, *args: Any) -> Any:
         device = next(self.network.parameters()).device.type
-        # A cached cast of a weight would be a constant of a graph, beside the weight.
-        with torch.autocast(device, self.dtype, cache_enabled=False):
+        with torch.autocast(device, self.dtype, cache_enabled=self.keeps_casts):
             return _to_float(self.network(*args))
 
     def __getattr__(self, name: str) -> Any:
