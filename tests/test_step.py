@@ -58,6 +58,24 @@ def test_gradients_that_stay_infinite_in_float16_stop_it():
         trainer._read(losses)
 
 
+def test_a_rehearsal_takes_a_step_though_float16s_scale_is_too_large(run, out, monkeypatch):
+    scaler, scales = torch.amp.GradScaler, []
+
+    def of_a_gpu(device, enabled):
+        return scaler("cpu", init_scale=2.0**126)
+
+    run_step = CheckedTrainer.run_step
+
+    def step(self):
+        run_step(self)
+        scales.append(self.grad_scaler.get_scale())
+
+    monkeypatch.setattr(torch.amp, "GradScaler", of_a_gpu)
+    monkeypatch.setattr(CheckedTrainer, "run_step", step)
+    assert run("MODEL.RPN.LOSS_WEIGHT", 1000.0, iterations=1) == 0
+    assert len(scales) > 3 and scales[-2] == scales[-3] < scales[0]
+
+
 class TestNumbers:
     @staticmethod
     def _break(trainer):

@@ -20,6 +20,8 @@ from .validation import mean_losses
 
 __all__ = ["rehearse"]
 
+_MOST_SCALES = 24  # halved so often at most until a step is taken
+
 
 def rehearse(
     cfg: CfgNode, resume: bool = False, trainer_class: type[LibraTrainer] = LibraTrainer
@@ -78,7 +80,12 @@ def _step(trainer: LibraTrainer, cfg: CfgNode) -> None:
     with EventStorage(trainer.start_iter):
         try:
             trainer._trainer.iter = trainer.iter
-            trainer._trainer.run_step()
+            scaler = trainer._trainer.grad_scaler
+            for _ in range(_MOST_SCALES):
+                scale = scaler.get_scale()
+                trainer._trainer.run_step()
+                if scaler.get_scale() == scale:
+                    break  # else float16's scale was too large, and no step was taken
         except NonFiniteError:
             if not cfg.SOLVER.MAX_SKIPPED:
                 raise
