@@ -22,6 +22,7 @@ from libra_d2.metrics import read_metrics
 
 from .output_dir import is_of_a_run, refuse_held
 from .plan import ROOT, Run
+from .speed import cpu_capabilities
 
 __all__ = ["find_detections", "run_all"]
 
@@ -151,7 +152,7 @@ def _device(jobs: int) -> str:
     """What a run was computed on; the number of threads changes the order of sums."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    name = cpu_capabilities().get("cpu_name") or platform.machine()
     return f"{name}, {_threads(jobs)} threads"
 
 

@@ -15,6 +15,7 @@ from libra_d2.modeling.roi_align import ROI_ALIGNS, use_roi_align
 __all__ = [
     "amp_dtype",
     "choose_speed",
+    "cpu_capabilities",
     "fuse",
     "keep_memory",
     "prepare_model",
@@ -72,6 +73,11 @@ def _num_workers(on_cpu: bool) -> int:
     return min(max(wanted, 1), _MOST_WORKERS)
 
 
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch tells of this CPU: its instructions, and ``cpu_name``; older ones tell nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def cpu_gains_from_bfloat16() -> bool:
     """Whether this CPU convolves faster in bfloat16, by its name and instructions.
 
@@ -79,7 +85,7 @@ def cpu_gains_from_bfloat16() -> bool:
     more than all of it (docs/benchmarks.md). To measure it here would be at the mercy of what else
     is running, and differ between the processes of a run.
     """
-    cpu = torch.cpu.get_capabilities()
+    cpu = cpu_capabilities()
     is_intel = cpu.get("cpu_name", "").startswith("Intel")
     return cpu.get("amx_bf16", False) or (cpu.get("avx512_bf16", False) and not is_intel)
 
