@@ -60,7 +60,7 @@ def choose_speed(cfg: CfgNode) -> dict[str, Any]:
     if on_cpu and cpu_gains_from_bfloat16():
         chosen |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": "bfloat16"}
     if not on_cpu:
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        dtype = "bfloat16" if _gpu_has_bfloat16() else "float16"
         chosen |= {"SOLVER.AMP.ENABLED": True, "SOLVER.AMP.DTYPE": dtype}
         chosen |= {"FLOAT32_PRECISION": "high", "DATALOADER.PIN_MEMORY": True}
     return chosen
@@ -71,6 +71,10 @@ def _num_workers(on_cpu: bool) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     wanted = cores // 8 if on_cpu else cores // torch.cuda.device_count() - 1
     return min(max(wanted, 1), _MOST_WORKERS)
+
+
+def _gpu_has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)  # which would be slow
 
 
 def cpu_capabilities() -> dict[str, Any]:
@@ -130,8 +134,7 @@ def amp_dtype(cfg: CfgNode) -> torch.dtype:
         raise ValueError(
             f"SOLVER.AMP.DTYPE float16 needs a GPU; on MODEL.DEVICE {cfg.MODEL.DEVICE} use bfloat16"
         )
-    emulated = {"including_emulation": False}  # which is slow
-    if dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(**emulated):
+    if dtype == torch.bfloat16 and on_gpu and not _gpu_has_bfloat16():
         raise ValueError("SOLVER.AMP.DTYPE bfloat16 is not supported by this GPU; use float16")
     return dtype
 
