@@ -1,7 +1,8 @@
 """A device of torch that only pretends: its tensors lie on the CPU, and mix with no others.
 
 What code would do on a GPU can so be tried without one: a tensor made on the wrong device is an
-error, as it is there, and what would let the host wait can be counted.
+error, as it is there, and what would let the host wait can be counted. torch can't make tensors of
+Python's numbers there (``torch.tensor``, ``new_tensor``): it fails with an internal error.
 """
 
 from functools import partial
@@ -15,8 +16,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = ["DEVICE", "needs_pretence"]
 
 DEVICE = "pretended"
-HAS_PRETENCE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-needs_pretence = pytest.mark.skipif(not HAS_PRETENCE, reason="needs torch's backends in Python")
+# Not beside a GPU, whose place as torch's accelerator it would take.
+HAS_PRETENCE = not torch.cuda.is_available() and hasattr(
+    backend_registration, "_setup_privateuseone_for_python_backend"
+)
+needs_pretence = pytest.mark.skipif(
+    not HAS_PRETENCE, reason="needs torch's backends in Python, and no GPU"
+)
 
 # Where an index may lie on the CPU.
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}

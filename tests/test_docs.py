@@ -57,7 +57,7 @@ def test_what_others_are_told_is_there():
     add_libra_config(cfg)
     keys, found = dict(list_keys(cfg)), []
     for cell in re.findall(r"\|([^|]*)\|$", text, flags=re.MULTILINE):
-        for key in re.findall(r"`\.?([A-Z][A-Z0-9_.]+)\b", cell):
+        for key in re.findall(r"`\.?([A-Z][A-Z0-9_.]*)(?=[` ])", cell):
             if "." not in key and key not in keys:  # beside the one before it
                 key = f"{found[-1].rpartition('.')[0]}.{key}"
             assert key in keys, key

@@ -39,7 +39,7 @@ class Waits(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         result = func(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-        devices = {x.device.type for x in tensors if x.device.type == DEVICE or x.dim() > 0}
+        devices = {x.device.type for x in tensors}
         waits = DEVICE in devices and name in WAITING and kwargs.get("output_size") is None
         if name in INDEXING:
             is_mask = any(i is not None and i.dtype == torch.bool for i in args[1])
@@ -68,6 +68,8 @@ class TestTheCount:
             (lambda x: x.sum().item(), True),
             (lambda x: x.tolist(), True),
             (lambda x: x.cpu(), True),
+            (lambda x: x.sum().cpu(), True),
+            (lambda x: x + torch.tensor(1.0), False),
             (lambda x: x + torch.ones(3).to(x), True),
             (lambda x: bool((x > 0).all()), True),
             (lambda x: x.unique(), True),

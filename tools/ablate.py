@@ -24,13 +24,14 @@ from libra_d2.quiet import silence_known_warnings
 
 silence_known_warnings()
 
+import msgspec
 import torch
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
 from libra_d2.checkpoint import write_whole
 from libra_d2.engine.ablation import find_detections, run_all
 from libra_d2.engine.comparison import Line, compare, make_table, plot, read_results, write_csv
-from libra_d2.engine.plan import Data, Plan, Run, check_unmixed, list_runs, read_plan
+from libra_d2.engine.plan import Data, Plan, Row, Run, check_unmixed, list_runs, read_plan
 from libra_d2.engine.run import one_sentence_errors
 
 ONE_SEED = (
@@ -62,26 +63,45 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def keep_results(csv_file: Path, runs: Sequence[Run], rows: Sequence[str]) -> list[dict]:
+def add_former(
+    plan: Plan, asked: dict[str, Sequence[int]], results: Sequence[dict]
+) -> dict[str, Row]:
+    """The rows that are asked for, and those of former calls, all with the seeds of both.
+
+    Args:
+        plan: what there is to ask for.
+        asked: seeds of each row; the first row is compared with.
+        results: of former calls.
+    """
+    seeds = {row: set(asked.get(row, ())) for row in dict.fromkeys([next(iter(asked)), *plan.rows])}
+    for result in results:
+        seeds.get(result["row"], set()).add(result["seed"])
+    rows = {
+        row: msgspec.structs.replace(plan.rows[row], seeds=sorted(s)) for row, s in seeds.items()
+    }
+    return {name: row for name, row in rows.items() if row.seeds}
+
+
+def keep_results(csv_file: Path, runs: Sequence[Run], plan: Plan) -> list[dict]:
     """Writes the results of runs beside those that are there, of other rows and seeds.
 
     Args:
-        csv_file: what is there is read anew each time, as another ablate.py may have written it.
-        runs: of a plan.
-        rows: in whose order results are written.
+        csv_file: what is there is read anew, as another ablate.py may have written it meanwhile.
+        runs: of the plan.
+        plan: in the order of whose rows results are written.
 
     Returns:
-        All of them.
+        Those of the plan's rows.
     """
     earlier = read_results(csv_file) if csv_file.is_file() else []
     results = {(result["row"], result["seed"]): result for result in earlier}
     results |= {(run.row, run.seed): result for run in runs if (result := run.result())}
-    places = {row: i for i, row in enumerate(rows)}
-    ordered = sorted(results, key=lambda key: (places.get(key[0], len(rows)), key))
+    places = {row: i for i, row in enumerate(plan.rows)}
+    ordered = sorted(results, key=lambda key: (places.get(key[0], len(places)), key))
     ordered = [results[key] for key in ordered]
     if ordered:
         write_whole(str(csv_file), lambda file: write_csv(ordered, Path(file)))
-    return ordered
+    return [result for result in ordered if result["row"] in places]
 
 
 def write_tables(
@@ -137,9 +157,6 @@ def main(argv: list[str] | None = None) -> None:
         unknown = [row for row in args.rows or () if row not in plan.rows]
         if unknown:
             raise ValueError(f"there is no row '{unknown[0]}'; there is {', '.join(plan.rows)}")
-        all_rows = list(plan.rows)
-        plan.rows = {row: plan.rows[row] for row in args.rows or plan.rows}
-        rows = list(dict.fromkeys([plan.baseline, *all_rows]))
         if args.seeds:
             plan.seeds = args.seeds
             for row in plan.rows.values():
@@ -148,13 +165,18 @@ def main(argv: list[str] | None = None) -> None:
         output, name = Path(args.output), Path(args.plan).stem
         folder = Path(args.runs) if args.runs else output / "runs" / name
         known = {file: read_results(file) for file in sorted(output.glob("*.csv"))}
-        runs = list_runs(plan, folder, [result for results in known.values() for result in results])
         csv_file = output / f"{name}.csv"
-        check_unmixed(known.get(csv_file, []), runs, csv_file)
-        results = keep_results(csv_file, runs, rows)
+        asked = {row: plan.rows[row].seeds or plan.seeds for row in args.rows or plan.rows}
+        plan.rows = add_former(plan, asked, known.get(csv_file, []))
+        every = list_runs(
+            plan, folder, [result for results in known.values() for result in results]
+        )
+        check_unmixed(known.get(csv_file, []), every, csv_file)
+        runs = [run for run in every if run.seed in asked.get(run.row, ())]
+        results = keep_results(csv_file, runs, plan)
         with contextlib.closing(run_all(runs, args.jobs)) as finished:
             for _ in finished:
-                results = keep_results(csv_file, runs, rows)
+                results = keep_results(csv_file, runs, plan)
                 write_tables(output / name, plan, results)
         lines = write_tables(output / name, plan, results, find_detections(runs))
     tell_of_devices(results, plan.baseline)

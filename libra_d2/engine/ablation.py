@@ -18,6 +18,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
+from libra_d2.checkpoint import write_whole
 from libra_d2.metrics import read_metrics
 
 from .output_dir import is_of_a_run, refuse_held
@@ -160,7 +161,7 @@ def _add_seconds(run: Run, seconds: float) -> float:
     """What all parts of a run have taken, which was interrupted between them."""
     file = run.folder / "seconds.txt"
     seconds += float(file.read_text()) if file.is_file() else 0.0
-    file.write_text(str(seconds))
+    write_whole(str(file), lambda path: Path(path).write_text(str(seconds)))
     return seconds
 
 

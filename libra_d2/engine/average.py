@@ -51,7 +51,7 @@ class WeightAverage:
         self.is_loaded = True
 
     def _add(self, averaged: Sequence[Tensor], current: Sequence[Tensor], steps: Tensor) -> None:
-        steps = int(self._averaged.n_averaged)  # on the CPU, where no GPU is waited for
-        share = min(self.decay, (1 + steps) / (10 + steps))
+        num_averaged = int(self._averaged.n_averaged)  # which is on the CPU, where steps may not be
+        share = min(self.decay, (1 + num_averaged) / (10 + num_averaged))
         with torch.no_grad():
             get_ema_multi_avg_fn(share)(averaged, current, steps)

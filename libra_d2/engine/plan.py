@@ -103,7 +103,6 @@ class Run:
     test: str
     hashes: dict[str, str]
     known: dict | None = None
-    is_in_folds: bool = False
 
     @property
     def file(self) -> Path:
@@ -158,8 +157,7 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
             command += ("--output", str(place), *opts, "SEED", str(seed))
             result = same.get(tuple({**hashes, "seed": seed}[key] for key in _IDENTITY))
             result = {**result, "row": name} if result else None
-            is_in_folds = bool(plan.data.folds)
-            run = Run(name, seed, place, command, test, hashes, result, is_in_folds)
+            run = Run(name, seed, place, command, test, hashes, result)
             if run.file.is_file():
                 check_unmixed([run.result()], [run], place)
             runs.append(run)
@@ -167,30 +165,21 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
 
 
 def check_unmixed(results: Sequence[dict], runs: Sequence[Run], where: Path) -> None:
-    """Checks that results can stand beside those of runs in one table.
+    """Checks that results are those of runs.
 
     Args:
-        results: of rows and seeds of the same plan.
-        runs: of that plan.
+        results: those of other rows and seeds than the runs' are not looked at.
+        runs: of a plan.
         where: the results lie.
 
     Raises:
         ValueError: if one is of other code, of another config of its row, or of other data.
     """
-
-    def part(seed: int) -> int:  # in folds each seed has its data, and with epochs its config
-        return seed if runs[0].is_in_folds else 0
-
-    configs = {(run.row, part(run.seed)): run.hashes["config"] for run in runs}
-    data = {part(run.seed): run.hashes["data"] for run in runs}
+    hashes = {(run.row, run.seed): run.hashes for run in runs}
     for result in results:
         row, seed = result["row"], result["seed"]
-        expected = {
-            "code": runs[0].hashes["code"],
-            "config": configs.get((row, part(seed))),
-            "data": data.get(part(seed)),
-        }
-        other = [key for key, value in expected.items() if value not in (None, result[key])]
+        expected = hashes.get((row, seed), {})
+        other = [key for key, value in expected.items() if value != result[key]]
         if other:
             raise ValueError(
                 f"'{where}' holds a result of other {' and '.join(other)} (row '{row}', seed "

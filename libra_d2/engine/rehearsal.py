@@ -20,8 +20,6 @@ from .validation import mean_losses
 
 __all__ = ["rehearse"]
 
-_MOST_SCALES = 24  # halved so often at most until a step is taken
-
 
 def rehearse(
     cfg: CfgNode, resume: bool = False, trainer_class: type[LibraTrainer] = LibraTrainer
@@ -81,7 +79,7 @@ def _step(trainer: LibraTrainer, cfg: CfgNode) -> None:
         try:
             trainer._trainer.iter = trainer.iter
             scaler = trainer._trainer.grad_scaler
-            for _ in range(_MOST_SCALES):
+            while True:  # a scale that is too small is refused
                 scale = scaler.get_scale()
                 trainer._trainer.run_step()
                 if scaler.get_scale() == scale:

@@ -177,8 +177,8 @@ class CheckedTrainer(SimpleTrainer):
                     if not torch.is_tensor(value):
                         continue
                     if name == "step":
-                        device = parameter.device if group.get("fused") else "cpu"
-                        state[name] = value.to(device)
+                        is_there = group.get("fused") or group.get("capturable")
+                        state[name] = value.to(parameter.device if is_there else "cpu")
                     elif value.shape == parameter.shape and value.stride() != parameter.stride():
                         state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
