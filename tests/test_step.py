@@ -48,6 +48,13 @@ def test_steps_go_on_in_another_layout_and_way(kind, was_fast):
     torch.testing.assert_close(second.model.weight, whole.model.weight, check_stride=False)
 
 
+def test_another_optimizer_does_not_go_on(run, out, capsys):
+    assert run(iterations=2) == 0
+    assert run("SOLVER.OPTIMIZER", "AdamW", iterations=4, flags=["--resume"]) == 2
+    assert "is of another optimizer; go on with the SOLVER.OPTIMIZER" in capsys.readouterr().err
+    assert run(iterations=4, flags=["--resume"]) == 0
+
+
 def test_gradients_that_stay_infinite_in_float16_stop_it():
     trainer = make_trainer(torch.optim.SGD, False)
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-9)

@@ -17,6 +17,8 @@ from .stopping import NonFiniteError
 
 __all__ = ["CheckedTrainer"]
 
+# What SGD and AdamW do not share.
+_OF_ONE_KIND = ("momentum", "betas")
 # How an optimizer computes a step, which a checkpoint's state of it would settle too.
 _WAYS = ("fused", "foreach")
 # Of float16's gradients; it begins at 65536 and halves at each step whose gradients are infinite.
@@ -154,8 +156,18 @@ class CheckedTrainer(SimpleTrainer):
         return {**state, "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes a state of the parent's too; how steps are computed stays as it is here."""
-        ways = [{k: g[k] for k in _WAYS if k in g} for g in self.optimizer.param_groups]
+        """Takes a state of the parent's too; how steps are computed stays as it is here.
+
+        Raises:
+            ValueError: if it is of another optimizer.
+        """
+        own, saved = self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
+        if any((name in own[0]) != (name in saved[0]) for name in _OF_ONE_KIND):
+            raise ValueError(
+                "the checkpoint is of another optimizer; go on with the SOLVER.OPTIMIZER of the "
+                "run, or start another from its weights (MODEL.WEIGHTS)"
+            )
+        ways = [{k: g[k] for k in _WAYS if k in g} for g in own]
         super().load_state_dict(state_dict)
         for group, way in zip(self.optimizer.param_groups, ways, strict=True):
             group.update(way)
