@@ -250,7 +250,7 @@ def _add_speed(cfg: CfgNode) -> None:
     # What brings images to their size: "pil", as in detectron2, or "torch", which is faster; it
     # smooths as PIL does, and values differ by at most 1 of 255.
     cfg.INPUT.RESIZE = "pil"
-    # Whether images wait in memory that a GPU copies from without a copy in between.
+    # Whether images wait in pinned memory, from which a GPU copies directly.
     cfg.DATALOADER.PIN_MEMORY = False
     # A folder in which images are kept at their size, for the next epoch and other runs; "": none.
     cfg.DATALOADER.CACHE = ""

@@ -14,7 +14,8 @@ from toys import CONFIGS, TOY, load_tool, run_tool
 
 from libra_d2.engine import ablation
 from libra_d2.engine import plan as plans
-from libra_d2.engine.comparison import read_results
+from libra_d2.engine.ablation import keep_results
+from libra_d2.engine.comparison import find_other_devices, read_results
 from libra_d2.engine.plan import ROOT, Data, Run, check_unmixed, list_runs, read_plan
 
 PLANS = sorted((CONFIGS.parent / "tools" / "plans").glob("*.yaml"))
@@ -33,12 +34,12 @@ def test_tables_show_what_is_finished_so_far(data, tmp_path):
     base, *others = list(plan.rows)
     runs = list_runs(plan, tmp_path)
     finish(runs, others[0], 1)
-    results = ablate.keep_results(tmp_path / "plan.csv", runs, plan)
+    results = keep_results(tmp_path / "plan.csv", runs, plan)
     (tmp_path / "plan.csv").unlink()
     ablate.write_tables(tmp_path / "plan", plan, results)
     assert not list(tmp_path.glob("plan.*"))  # nothing to compare with yet
     finish(runs, base, 1)
-    results = ablate.keep_results(tmp_path / "plan.csv", runs, plan)
+    results = keep_results(tmp_path / "plan.csv", runs, plan)
     ablate.write_tables(tmp_path / "plan", plan, results)
     table = (tmp_path / "plan.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == [f"| {base}", f"| {others[0]}"]
@@ -53,23 +54,19 @@ def test_tables_keep_the_rows_of_other_calls(data, tmp_path):
     for row in (rows[2], rows[1], rows[0]):
         finish(runs, row, 1)
         own = [run for run in runs if run.row == row]
-        results = ablate.keep_results(file, own, plan)
+        results = keep_results(file, own, plan)
     assert [result["row"] for result in results] == rows[:3]
     assert read_results(file) == results
     ablate.write_tables(tmp_path / "plan", plan, results)
     assert len((tmp_path / "plan.md").read_text().splitlines()) == 2 + 3
 
 
-def test_pairs_of_two_devices_are_told(capsys):
-    ablate, found = load_tool("ablate.py"), results(base=[50.0, 51.0], row=[52.0, 53.0])
-    ablate.tell_of_devices(found, "base")
-    assert not capsys.readouterr().err
+def test_pairs_of_two_devices_are_told():
+    found = results(base=[50.0, 51.0], row=[52.0, 53.0])
+    assert not find_other_devices(found, "base")
     found[3]["device"] = "gpu"
-    ablate.tell_of_devices(found, "base")
-    assert (
-        "row 'row', seed 2 was computed on 'gpu' and the baseline on 'cpu'"
-        in capsys.readouterr().err
-    )
+    (told,) = find_other_devices(found, "base")
+    assert told == "row 'row', seed 2 was computed on 'gpu' and the baseline on 'cpu'"
 
 
 def finish(runs, row, seed):

@@ -13,6 +13,7 @@ from toys import BASELINE, CONFIGS, load_tool, small_config, train_step
 
 from libra_d2 import config, modeling
 from libra_d2.config import add_libra_config, list_keys
+from libra_d2.engine.run import make_parser
 
 TEXT = (CONFIGS.parent / "docs" / "extending.md").read_text()
 
@@ -63,11 +64,13 @@ def test_what_others_are_told_is_there():
             assert key in keys, key
             found.append(key)
     assert len(found) > 40
-    helps = [
-        load_tool(name).make_parser().format_help() for name in ("predict.py", "export_model.py")
-    ]
-    for option in ("--threshold", "--classes", "--txt", "--crop", "--save-images", "--half"):
-        assert option in text and any(option in told for told in helps), option
+    programs = [load_tool(name).make_parser() for name in ("predict.py", "export_model.py")]
+    helps = [program.format_help() for program in (make_parser(), *programs)]
+    spans = re.findall(r"`([^`]*)`", text)
+    options = {option for span in spans for option in re.findall(r"--[a-z-]+", span)}
+    assert len(options) > 10
+    for option in options:
+        assert any(option in told for told in helps), option
 
 
 class TestConfigReference:

@@ -24,14 +24,20 @@ from libra_d2.quiet import silence_known_warnings
 
 silence_known_warnings()
 
-import msgspec
 import torch
 
 from libra_d2 import data, modeling  # noqa: F401  (imported to register)
 from libra_d2.checkpoint import write_whole
-from libra_d2.engine.ablation import find_detections, run_all
-from libra_d2.engine.comparison import Line, compare, make_table, plot, read_results, write_csv
-from libra_d2.engine.plan import Data, Plan, Row, Run, check_unmixed, list_runs, read_plan
+from libra_d2.engine.ablation import find_detections, keep_results, run_all
+from libra_d2.engine.comparison import (
+    Line,
+    compare,
+    find_other_devices,
+    make_table,
+    plot,
+    read_results,
+)
+from libra_d2.engine.plan import Data, Plan, add_former, check_unmixed, list_runs, read_plan
 from libra_d2.engine.run import one_sentence_errors
 
 ONE_SEED = (
@@ -63,47 +69,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_former(
-    plan: Plan, asked: dict[str, Sequence[int]], results: Sequence[dict]
-) -> dict[str, Row]:
-    """The rows that are asked for, and those of former calls, all with the seeds of both.
-
-    Args:
-        plan: what there is to ask for.
-        asked: seeds of each row; the first row is compared with.
-        results: of former calls.
-    """
-    seeds = {row: set(asked.get(row, ())) for row in dict.fromkeys([next(iter(asked)), *plan.rows])}
-    for result in results:
-        seeds.get(result["row"], set()).add(result["seed"])
-    rows = {
-        row: msgspec.structs.replace(plan.rows[row], seeds=sorted(s)) for row, s in seeds.items()
-    }
-    return {name: row for name, row in rows.items() if row.seeds}
-
-
-def keep_results(csv_file: Path, runs: Sequence[Run], plan: Plan) -> list[dict]:
-    """Writes the results of runs beside those that are there, of other rows and seeds.
-
-    Args:
-        csv_file: what is there is read anew, as another ablate.py may have written it meanwhile.
-        runs: of the plan.
-        plan: in the order of whose rows results are written.
-
-    Returns:
-        Those of the plan's rows.
-    """
-    earlier = read_results(csv_file) if csv_file.is_file() else []
-    results = {(result["row"], result["seed"]): result for result in earlier}
-    results |= {(run.row, run.seed): result for run in runs if (result := run.result())}
-    places = {row: i for i, row in enumerate(plan.rows)}
-    ordered = sorted(results, key=lambda key: (places.get(key[0], len(places)), key))
-    ordered = [results[key] for key in ordered]
-    if ordered:
-        write_whole(str(csv_file), lambda file: write_csv(ordered, Path(file)))
-    return [result for result in ordered if result["row"] in places]
-
-
 def write_tables(
     place: Path, plan: Plan, results: Sequence[dict], detections: dict | None = None
 ) -> list[Line]:
@@ -121,19 +86,6 @@ def write_tables(
         write_whole(f"{place}.md", lambda file: Path(file).write_text(table))
         write_whole(f"{place}.png", lambda file: plot(lines, plan.metric, Path(file)))
     return lines
-
-
-def tell_of_devices(results: Sequence[dict], baseline: str) -> None:
-    """Warns of seeds whose rows were not all computed on the device of the baseline."""
-    devices = {result["seed"]: result["device"] for result in results if result["row"] == baseline}
-    mixed = [r for r in results if devices.get(r["seed"], r["device"]) != r["device"]]
-    if mixed:
-        row, seed, device = (mixed[0][key] for key in ("row", "seed", "device"))
-        print(
-            f"warning: row '{row}', seed {seed} was computed on '{device}' and the baseline on "
-            f"'{devices[seed]}', which makes as much of a difference as another seed",
-            file=sys.stderr,
-        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -179,7 +131,10 @@ def main(argv: list[str] | None = None) -> None:
                 results = keep_results(csv_file, runs, plan)
                 write_tables(output / name, plan, results)
         lines = write_tables(output / name, plan, results, find_detections(runs))
-    tell_of_devices(results, plan.baseline)
+    for other in find_other_devices(results, plan.baseline)[:1]:
+        print(
+            f"warning: {other}, which is as much of a difference as another seed", file=sys.stderr
+        )
     print(make_table(lines, plan.metric))
     if any(line.num_seeds == 1 for line in lines):
         print(ONE_SEED)

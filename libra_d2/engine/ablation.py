@@ -21,11 +21,12 @@ from tqdm import tqdm
 from libra_d2.checkpoint import write_whole
 from libra_d2.metrics import read_metrics
 
+from .comparison import read_results, write_csv
 from .output_dir import is_of_a_run, refuse_held
-from .plan import ROOT, Run
+from .plan import ROOT, Plan, Run
 from .speed import cpu_capabilities
 
-__all__ = ["find_detections", "run_all"]
+__all__ = ["find_detections", "keep_results", "run_all"]
 
 
 def find_detections(runs: Sequence[Run]) -> dict[tuple[str, int], tuple[Path, Path]]:
@@ -39,6 +40,28 @@ def find_detections(runs: Sequence[Run]) -> dict[tuple[str, int], tuple[Path, Pa
         if file.is_file():
             found[run.row, run.seed] = file, Path(MetadataCatalog.get(run.test).json_file)
     return found
+
+
+def keep_results(csv_file: Path, runs: Sequence[Run], plan: Plan) -> list[dict]:
+    """Writes the results of runs beside those that are there, of other rows and seeds.
+
+    Args:
+        csv_file: what is there is read anew, as another ablate.py may have written it meanwhile.
+        runs: of the plan.
+        plan: in the order of whose rows results are written.
+
+    Returns:
+        Those of the plan's rows.
+    """
+    earlier = read_results(csv_file) if csv_file.is_file() else []
+    results = {(result["row"], result["seed"]): result for result in earlier}
+    results |= {(run.row, run.seed): result for run in runs if (result := run.result())}
+    places = {row: i for i, row in enumerate(plan.rows)}
+    ordered = sorted(results, key=lambda key: (places.get(key[0], len(places)), key))
+    ordered = [results[key] for key in ordered]
+    if ordered:
+        write_whole(str(csv_file), lambda file: write_csv(ordered, Path(file)))
+    return [result for result in ordered if result["row"] in places]
 
 
 def run_all(runs: Sequence[Run], jobs: int) -> Iterator[Run]:

@@ -10,7 +10,15 @@ import numpy as np
 from libra_d2.config import suggest
 from libra_d2.statistics import Difference, bootstrap_images, paired_difference
 
-__all__ = ["Line", "compare", "make_table", "plot", "read_results", "write_csv"]
+__all__ = [
+    "Line",
+    "compare",
+    "find_other_devices",
+    "make_table",
+    "plot",
+    "read_results",
+    "write_csv",
+]
 
 # The first columns of a csv, and its last; between them are the metrics.
 _FIRST = ("row", "seed")
@@ -117,6 +125,17 @@ def _shown(metric: str) -> list[str]:
 def _over_images(detections: dict, one: tuple, other: tuple, iou_type: str) -> Difference:
     (own, annotations), (baseline, _) = detections[one], detections[other]
     return bootstrap_images(annotations, own, baseline, iou_type=iou_type)
+
+
+def find_other_devices(results: Sequence[dict], baseline: str) -> list[str]:
+    """Says which runs were not computed on the device of the baseline with the same seed."""
+    devices = {result["seed"]: result["device"] for result in results if result["row"] == baseline}
+    return [
+        f"row '{result['row']}', seed {result['seed']} was computed on '{result['device']}' and "
+        f"the baseline on '{devices[result['seed']]}'"
+        for result in results
+        if devices.get(result["seed"], result["device"]) != result["device"]
+    ]
 
 
 def make_table(lines: Sequence[Line], metric: str) -> str:

@@ -20,7 +20,16 @@ from .config_file import load_config
 from .own_data import take_from_data
 from .speed import choose_speed
 
-__all__ = ["ROOT", "Data", "Plan", "Run", "check_unmixed", "list_runs", "read_plan"]
+__all__ = [
+    "ROOT",
+    "Data",
+    "Plan",
+    "Run",
+    "add_former",
+    "check_unmixed",
+    "list_runs",
+    "read_plan",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 # What makes a run the same as another.
@@ -162,6 +171,25 @@ def list_runs(plan: Plan, folder: Path, known: Sequence[dict] = ()) -> list[Run]
                 check_unmixed([run.result()], [run], place)
             runs.append(run)
     return runs
+
+
+def add_former(
+    plan: Plan, asked: dict[str, Sequence[int]], results: Sequence[dict]
+) -> dict[str, Row]:
+    """The rows that are asked for, and those of former calls, all with the seeds of both.
+
+    Args:
+        plan: what there is to ask for.
+        asked: seeds of each row; the first row is compared with.
+        results: of former calls.
+    """
+    seeds = {row: set(asked.get(row, ())) for row in dict.fromkeys([next(iter(asked)), *plan.rows])}
+    for result in results:
+        seeds.get(result["row"], set()).add(result["seed"])
+    rows = {
+        row: msgspec.structs.replace(plan.rows[row], seeds=sorted(s)) for row, s in seeds.items()
+    }
+    return {name: row for name, row in rows.items() if row.seeds}
 
 
 def check_unmixed(results: Sequence[dict], runs: Sequence[Run], where: Path) -> None:

@@ -161,38 +161,32 @@ class CheckedTrainer(SimpleTrainer):
         Raises:
             ValueError: if it is of another optimizer.
         """
-        own, saved = self.optimizer.param_groups, state_dict["optimizer"]["param_groups"]
+        optimizer = state_dict["optimizer"]
+        own, saved = self.optimizer.param_groups, optimizer["param_groups"]
         if any((name in own[0]) != (name in saved[0]) for name in _OF_ONE_KIND):
             raise ValueError(
                 "the checkpoint is of another optimizer; go on with the SOLVER.OPTIMIZER of the "
                 "run, or start another from its weights (MODEL.WEIGHTS)"
             )
-        ways = [{k: g[k] for k in _WAYS if k in g} for g in own]
-        super().load_state_dict(state_dict)
-        for group, way in zip(self.optimizer.param_groups, ways, strict=True):
-            group.update(way)
-        self._suit_optimizer()
+        # By these torch also decides where the number of steps lies.
+        way = {name: own[0][name] for name in _WAYS if name in own[0]}
+        groups = [{**group, **way} for group in saved]
+        super().load_state_dict({**state_dict, "optimizer": {**optimizer, "param_groups": groups}})
+        self._lay_out_state()
         self.num_skipped = state_dict.get("num_skipped", 0)
         if "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
-    def _suit_optimizer(self) -> None:
-        """Gives the optimizer's state the layout of its parameters, which a fused step relies on.
+    def _lay_out_state(self) -> None:
+        """Gives the optimizer's state the strides of its parameters, which a fused step relies on.
 
-        torch loads it as it was saved, maybe with ``MODEL.CHANNELS_LAST`` or ``SOLVER.FUSED``
-        otherwise.
+        torch leaves them as they were saved, maybe with ``MODEL.CHANNELS_LAST`` otherwise.
         """
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self.optimizer.state.get(parameter, {})
-                for name, value in state.items():
-                    if not torch.is_tensor(value):
-                        continue
-                    if name == "step":
-                        is_there = group.get("fused") or group.get("capturable")
-                        state[name] = value.to(parameter.device if is_there else "cpu")
-                    elif value.shape == parameter.shape and value.stride() != parameter.stride():
-                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                is_like = torch.is_tensor(value) and value.shape == parameter.shape
+                if is_like and value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _names(batch: list[dict]) -> str:
