@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
-from sklearn.datasets import load_digits, load_sample_images
 
 __all__ = ["CLASSES", "Scene", "SceneMaker"]
 
@@ -48,6 +47,9 @@ class SceneMaker:
     """
 
     def __init__(self, training: bool):
+        # Takes a second, which programs on other data need not wait for.
+        from sklearn.datasets import load_digits, load_sample_images
+
         digits = load_digits()
         order = np.random.default_rng(0).permutation(len(digits.target))
         cut = int(0.8 * len(order))
