@@ -113,6 +113,14 @@ def test_what_torch_export_can_not_take(tmp_path, capsys):
     assert not list(tmp_path.iterdir()) and "def forward" not in capsys.readouterr().err
 
 
+def test_torch_export_needs_bounds_of_sizes(monkeypatch):
+    """Which torch 2.6 has not."""
+    monkeypatch.setattr(torch.export.Dim, "AUTO", object())
+    check_exportable(make_model("faster"), "onnx")
+    with pytest.raises(ValueError, match=r"^format torch-export needs torch 2\.7 or later"):
+        check_exportable(make_model("faster"), "torch-export")
+
+
 @pytest.mark.parametrize(
     ("kind", "format"),
     [("retinanet", "onnx"), ("retinanet", "torchscript"), ("cascade", "torchscript")],

@@ -48,6 +48,11 @@ def check_exportable(model: nn.Module, format: str, half: bool = False) -> None:
     missing = [p for p in _NEEDED.get(format, ()) if importlib.util.find_spec(p) is None]
     if missing:
         raise ValueError(f"format {format} needs {' and '.join(missing)}; pip installs them")
+    if format == "torch-export" and not callable(torch.export.Dim.AUTO):
+        raise ValueError(
+            f"format torch-export needs torch 2.7 or later, here is {torch.__version__}; the other "
+            "formats do not"
+        )
     heads = getattr(model, "roi_heads", None)
     is_two_stage = isinstance(model, GeneralizedRCNN) and isinstance(heads, StandardROIHeads)
     if not is_two_stage and not isinstance(model, RetinaNet):

@@ -104,18 +104,19 @@ class BalancedFeaturePyramid(nn.Module):
                 )
         pool, upsample = (_pool, _upsample) if is_eager else (_gather_maxima, _gather_nearest)
         # Levels above the refined one are finer, those below coarser, whatever their sizes.
-        toward = [pool] * self.refine_level + [None] + [upsample] * self.num_levels
-        back = [upsample] * self.refine_level + [None] + [pool] * self.num_levels
+        num_finer, num_coarser = self.refine_level, self.num_levels - 1 - self.refine_level
+        toward = [pool] * num_finer + [None] + [upsample] * num_coarser
+        back = [upsample] * num_finer + [None] + [pool] * num_coarser
 
         size = levels[self.refine_level].shape[-2:]
         integrated = sum(
             resize(level, size) if resize else level
-            for resize, level in zip(toward, levels, strict=False)
+            for resize, level in zip(toward, levels, strict=True)
         )
         refined = self.refine(integrated / self.num_levels)
         return [
             _add(level, resize(refined, level.shape[-2:]) if resize else refined, refined)
-            for resize, level in zip(back, levels, strict=False)
+            for resize, level in zip(back, levels, strict=True)
         ]
 
 
