@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, pairwise_iou
 from detectron2.utils.events import EventStorage
 from toys import BASELINE, LIBRA, PLAIN, make_inputs, small_config, toy_config, train_step
@@ -196,6 +197,18 @@ class TestRPN:
         out = rpn._subsample_labels(label.clone())
         assert ((out == -1) | (out == label)).all()
         return (out == 1).sum().item(), (out == 0).sum().item()
+
+    @pytest.mark.parametrize("available", [(3, 900), (500, 900), (500, 20), (0, 900), (0, 0)])
+    def test_samples_are_the_parents_to_the_bit(self, available):
+        rpn = build_model(toy_config(BASELINE)).proposal_generator
+        label = torch.full((2000,), -1, dtype=torch.int8)
+        order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
+        label[order[: available[0]]], label[order[1000 : 1000 + available[1]]] = 1, 0
+        torch.manual_seed(2)
+        own, after = rpn._subsample_labels(label.clone()), torch.rand(1)
+        torch.manual_seed(2)
+        assert torch.equal(own, RPN._subsample_labels(rpn, label.clone()))
+        assert torch.equal(after, torch.rand(1))  # no more and no less was drawn
 
     @pytest.mark.parametrize(
         ("bound", "available", "sampled"),

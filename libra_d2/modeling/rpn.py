@@ -138,12 +138,20 @@ class LibraRPN(RPN):
         }
 
     def _subsample_labels(self, label: Tensor) -> Tensor:
-        """Samples as the parent does, then drops random negatives over the bound.
+        """Samples as the parent does, to the bit, then drops random negatives over the bound.
+
+        It waits for a GPU once, where the parent does twice.
 
         Args:
             label: (R,) of -1, 0, 1 for ignored, negative and positive anchors; changed in place.
         """
-        label = super()._subsample_labels(label)
+        positives, negatives = label == 1, label == 0
+        num_positives, num_negatives = torch.stack([positives.sum(), negatives.sum()]).tolist()
+        num_chosen = min(num_positives, int(self.batch_size_per_image * self.positive_fraction))
+        label.fill_(-1)
+        label.scatter_(0, _draw(positives, num_positives, num_chosen), 1)
+        num_chosen = self.batch_size_per_image - num_chosen
+        label.scatter_(0, _draw(negatives, num_negatives, num_chosen), 0)
         if self.negative_positive_ub < 0:
             return label
         negatives = label == 0
@@ -199,3 +207,16 @@ class LibraRPN(RPN):
             "loss_rpn_loc": box_losses.sum() / normalizer,
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+
+def _draw(candidates: Tensor, number: int, num_samples: int) -> Tensor:
+    """Indices of some candidates, at random.
+
+    Args:
+        candidates: bool mask, (R,).
+        number: of the candidates.
+        num_samples: how many to draw; all, if they are fewer.
+    """
+    drawn = torch.randperm(number, device=candidates.device)[:num_samples]
+    # The k-th is where k have been counted: of a crowd no list is made.
+    return torch.searchsorted(candidates.cumsum(0), drawn + 1)
