@@ -3,9 +3,11 @@
 import re
 
 import pytest
+from scipy import stats
 from toys import CONFIGS
 
 from libra_d2.engine.comparison import compare, make_table, read_results
+from libra_d2.statistics import paired_difference
 
 DOCS = CONFIGS.parent / "docs"
 TABLES = sorted((DOCS / "results").rglob("*.csv"))
@@ -27,17 +29,45 @@ def main_metric(results):
     return "bbox/AP" if "bbox/AP" in results[0] else "box_proposals/AR@100"
 
 
+LINK = re.compile(
+    r"\[([^\]]+)\]\((?:docs/)?(results/[\w/]+\.csv)\): ([+-]\d+\.\d)"
+    r"(?: \[([+-]\d+\.\d), ([+-]\d+\.\d)\])?"
+    r"(?: \(p = ([\d.]+), ([\d.]+) after the correction for (\d+) rows\))?"
+)
+
+
 def test_sentences_are_those_of_the_runs():
     """A difference in the text, [row](results/TABLE.csv): +1.0, is that of the table.
 
-    Of another number than its main one it is [row, bbox/AP50](results/TABLE.csv): +1.0.
+    Of another number than its main one it is [row, bbox/AP50](results/TABLE.csv): +1.0, to another
+    row than the first [row against other](results/TABLE.csv): +1.0. Its interval may follow,
+    [+0.5, +1.5], and (p = 0.02, 0.10 after the correction for 5 rows).
     """
     text = TEXT + (DOCS / "choosing.md").read_text() + (DOCS.parent / "README.md").read_text()
-    said = re.findall(r"\[([^\]]+)\]\((?:docs/)?(results/[\w/]+\.csv)\): ([+-]\d+\.\d)", text)
-    for name, file, difference in said:
+    said = LINK.findall(" ".join(text.split()))
+    for name, file, *numbers, p, corrected, num_rows in said:
         results = read_results(DOCS / file)
-        row, _, metric = name.rpartition(", ") if "/" in name else (name, "", "")
-        metric = metric or main_metric(results)
-        lines = {line.row: line for line in compare(results, metric, results[0]["row"])}
-        assert f"{lines[row].difference.mean:+.1f}" == difference, name
-    assert said
+        name, _, metric = name.rpartition(", ") if "/" in name else (name, "", "")
+        row, _, other = name.partition(" against ")
+        values = {r["row"]: {} for r in results}
+        for r in results:
+            values[r["row"]][r["seed"]] = r[metric or main_metric(results)]
+        own, base = values[row], values[other or results[0]["row"]]
+        seeds = sorted(own.keys() & base.keys())
+        own, base = ([side[seed] for seed in seeds] for side in (own, base))
+        found = paired_difference(own, base)
+        expected = [f"{number:+.1f}" for number in (found.mean, found.low, found.high)]
+        assert all(n in ("", e) for n, e in zip(numbers, expected, strict=True)), (name, expected)
+        if p:
+            exact = stats.ttest_rel(own, base).pvalue
+            assert int(num_rows) == len(values) - 1, name
+            assert float(p) == pytest.approx(exact, abs=unit(p) / 2), (name, exact)
+            assert float(corrected) == pytest.approx(
+                exact * int(num_rows), abs=unit(corrected) / 2
+            ), (name, exact)
+    assert len(said) > 50
+
+
+def unit(number):
+    """Of its last digit."""
+    return 10.0 ** -len(number.partition(".")[2])
