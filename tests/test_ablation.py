@@ -69,6 +69,15 @@ def test_pairs_of_two_devices_are_told():
     assert told == "row 'row', seed 2 was computed on 'gpu' and the baseline on 'cpu'"
 
 
+def test_means_of_logs():
+    records = [
+        {"iteration": 9, "lr": 0.1, "loss_cls": 1.0, "rpn/num_pos_anchors": 2.0, "bbox/AP": 30.0},
+        {"iteration": 19, "lr": 0.2, "loss_cls": 2.0, "total_loss": 5.0},
+    ]
+    means = {"logs/loss_cls": 1.5, "logs/rpn/num_pos_anchors": 2.0, "logs/total_loss": 5.0}
+    assert ablation.mean_logs(records) == means
+
+
 def finish(runs, row, seed):
     """Leaves the result of a run where it would be once it is finished."""
     (run,) = (run for run in runs if (run.row, run.seed) == (row, seed))
@@ -246,6 +255,7 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     records = read_results(output / "plan.csv")
     assert [r["row"] for r in records] == ["base", "ball"]
     assert all(r["seconds"] > 1 and r["memory_mib"] > 100 for r in records)
+    assert all(r["logs/loss_cls"] > 0 for r in records)
     assert len(stamps) == 1 and stamps.items() < _stamps(output).items()
     stamps = _stamps(output)
     again = run_tool("ablate.py", file, "--output", output)

@@ -68,6 +68,28 @@ def test_sentences_are_those_of_the_runs():
     assert len(said) > 50
 
 
+MEANS = re.compile(r"Means of \[its runs\]\((results/[\w/]+\.csv)\):\n\n((?:\|.*\n)+)")
+
+
+def test_means_are_those_of_the_runs():
+    """Of columns that no table of differences has: logs, and scores with one class for all."""
+    tables = MEANS.findall(TEXT)
+    assert len(tables) == TEXT.count("Means of [") > 5
+    for file, table in tables:
+        results = read_results(DOCS / file)
+        head, _, *lines = (
+            [cell.strip() for cell in x.split("|")[1:-1]] for x in table.splitlines()
+        )
+        assert [line[0] for line in lines] == list(dict.fromkeys(r["row"] for r in results))
+        for row, *cells in lines:
+            for metric, said in zip(head[1:], cells, strict=True):
+                values = [r[metric] for r in results if r["row"] == row and metric in r]
+                mean = (
+                    f"{sum(values) / len(values):.{len(said.partition('.')[2])}f}" if values else ""
+                )
+                assert mean == said, (file, row, metric)
+
+
 def unit(number):
     """Of its last digit."""
     return 10.0 ** -len(number.partition(".")[2])

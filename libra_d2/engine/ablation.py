@@ -26,7 +26,7 @@ from .output_dir import is_of_a_run, refuse_held
 from .plan import ROOT, Plan, Run
 from .speed import cpu_capabilities
 
-__all__ = ["find_detections", "keep_results", "run_all"]
+__all__ = ["find_detections", "keep_results", "mean_logs", "run_all"]
 
 
 def find_detections(runs: Sequence[Run]) -> dict[tuple[str, int], tuple[Path, Path]]:
@@ -207,14 +207,30 @@ def _score(run: Run, jobs: int) -> dict:
     scored = [r for r in records if any("/AP" in key or "/AR" in key for key in r)]
     if not scored:
         raise ValueError(f"row '{run.row}', seed {run.seed} was not scored: TEST.EVAL_PERIOD?")
+    trained = [r for r in records if "total_loss" in r]
     return {
         "row": run.row,
         "seed": run.seed,
         **{key: value for key, value in scored[-1].items() if "/A" in key},
-        "iterations": 1 + max(r["iteration"] for r in records if "total_loss" in r),
+        **mean_logs(trained[-max(1, len(trained) // 4) :]),
+        "iterations": 1 + max(r["iteration"] for r in trained),
         "device": _device(jobs),
         **run.hashes,
     }
+
+
+def mean_logs(records: Sequence[dict]) -> dict[str, float]:
+    """Means of what training has logged of losses and samples, as ``logs/loss_cls`` and others.
+
+    Args:
+        records: of ``metrics.json``.
+    """
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if "/A" not in name and ("/" in name or "loss" in name):
+                values.setdefault(f"logs/{name}", []).append(value)
+    return {name: sum(v) / len(v) for name, v in values.items()}
 
 
 def _gpu_memory(run: Run) -> int:

@@ -88,7 +88,7 @@ def compare(
     """
     for result in results:
         if metric not in result:
-            names = [name for name in result if "/" in name]
+            names = [name for name in result if "/" in name and not name.startswith("logs/")]
             raise ValueError(
                 f"row '{result['row']}' has no metric '{metric}'{suggest(metric, names)}; it has "
                 f"{', '.join(names)}"
