@@ -70,11 +70,13 @@ def test_pairs_of_two_devices_are_told():
 
 
 def test_means_of_logs():
+    """Of losses and samples; not of times, scores or losses of test data."""
     records = [
         {"iteration": 9, "lr": 0.1, "loss_cls": 1.0, "rpn/num_pos_anchors": 2.0, "bbox/AP": 30.0},
-        {"iteration": 19, "lr": 0.2, "loss_cls": 2.0, "total_loss": 5.0},
+        {"iteration": 19, "time": 0.2, "loss_cls": 2.0, "num_pos_anchors": 5, "a/bbox/AR@1": 1.0},
+        {"iteration": 29, "validation/loss_cls": 2.0, "coco:/Annotations/validation/loss_cls": 2.0},
     ]
-    means = {"logs/loss_cls": 1.5, "logs/rpn/num_pos_anchors": 2.0, "logs/total_loss": 5.0}
+    means = {"logs/loss_cls": 1.5, "logs/rpn/num_pos_anchors": 2.0, "logs/num_pos_anchors": 5.0}
     assert ablation.mean_logs(records) == means
 
 
@@ -261,6 +263,14 @@ def test_runs_are_made_once_and_never_mixed(data, tmp_path, monkeypatch):
     again = run_tool("ablate.py", file, "--output", output)
     assert again.returncode == 0 and again.stdout == first.stdout
     assert _stamps(output) == stamps
+    assert "warning" not in again.stderr
+    (ball,) = output.glob("runs/plan/ball/*/result.json")
+    result = ball.read_text()
+    ball.write_text(json.dumps({**json.loads(result), "device": "another"}))
+    mixed = run_tool("ablate.py", file, "--output", output)
+    ball.write_text(result)
+    assert "warning: row 'ball', seed 1 was computed on 'another' and the base" in mixed.stderr
+    assert run_tool("ablate.py", file, "--output", output).stdout == first.stdout
     opts = ("SOLVER.BASE_LR", "1e-6")
     other = run_tool("ablate.py", file, "--output", output, "--opts", *opts)
     assert other.returncode == 2 and "a result of other config" in other.stderr

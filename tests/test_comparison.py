@@ -128,3 +128,19 @@ def test_any_metric_can_be_compared(tmp_path):
     plot(lines, "bbox/AP-cat", tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"no metric 'bbox/AP-cot' \(did you mean 'bbox/AP-cat'"):
         compare(records, "bbox/AP-cot", "base")
+    with pytest.raises(
+        ValueError, match=r"it has bbox/AP, .*, and logs/\.\.\. of what training logs"
+    ):
+        compare(records, "loss", "base")
+
+
+def test_what_training_logs_has_three_digits_that_count(tmp_path):
+    records = results(base=[50.0, 50.0], row=[51.0, 52.0])
+    for record, loss in zip(records, (0.0038, 0.0042, 0.0051, 0.0050), strict=True):
+        record["logs/loss_rpn_cls"] = loss
+    lines = compare(records, "logs/loss_rpn_cls", "base")
+    table = make_table(lines, "logs/loss_rpn_cls").splitlines()
+    assert table[2:] == [
+        "| base | 2 | 0.00400 ± 0.00028 |  |",
+        "| row | 2 | 0.00505 ± 0.00007 | +0.00105 [-0.00213, +0.00423] |",
+    ]

@@ -198,9 +198,12 @@ class TestRPN:
         assert ((out == -1) | (out == label)).all()
         return (out == 1).sum().item(), (out == 0).sum().item()
 
+    @pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
     @pytest.mark.parametrize("available", [(3, 900), (500, 900), (500, 20), (0, 900), (0, 0)])
-    def test_samples_are_the_parents_to_the_bit(self, available):
-        rpn = build_model(toy_config(BASELINE)).proposal_generator
+    def test_samples_are_the_parents_to_the_bit(self, available, fraction):
+        cfg = toy_config(BASELINE, "MODEL.RPN.POSITIVE_FRACTION", fraction)
+        rpn = build_model(cfg).proposal_generator
+        assert isinstance(rpn, LibraRPN)
         label = torch.full((2000,), -1, dtype=torch.int8)
         order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
         label[order[: available[0]]], label[order[1000 : 1000 + available[1]]] = 1, 0

@@ -30,10 +30,13 @@ def main_metric(results):
 
 
 LINK = re.compile(
-    r"\[([^\]]+)\]\((?:docs/)?(results/[\w/]+\.csv)\): ([+-]\d+\.\d)"
+    r"\[([^\]]+)\]\((?:docs/)?(results/[\w/]+\.csv)\): ([+-]\d+\.\d)(?!\d)"
     r"(?: \[([+-]\d+\.\d), ([+-]\d+\.\d)\])?"
     r"(?: \(p = ([\d.]+), ([\d.]+) after the correction for (\d+) rows\))?"
 )
+
+
+MEANS = re.compile(r"Means of \[its runs\]\((results/[\w/]+\.csv)\):\n\n((?:\|.*\n)+)")
 
 
 def test_sentences_are_those_of_the_runs():
@@ -44,7 +47,11 @@ def test_sentences_are_those_of_the_runs():
     [+0.5, +1.5], and (p = 0.02, 0.10 after the correction for 5 rows).
     """
     text = TEXT + (DOCS / "choosing.md").read_text() + (DOCS.parent / "README.md").read_text()
-    said = LINK.findall(" ".join(text.split()))
+    text = " ".join(text.split())
+    said = LINK.findall(text)
+    # None is passed over because it is written in another way.
+    assert len(said) + len(MEANS.findall(TEXT)) == text.count(".csv)") > 50
+    assert sum(bool(p) for *_, p, _, _ in said) == text.count("p =") == text.count("rows)")
     for name, file, *numbers, p, corrected, num_rows in said:
         results = read_results(DOCS / file)
         name, _, metric = name.rpartition(", ") if "/" in name else (name, "", "")
@@ -56,7 +63,8 @@ def test_sentences_are_those_of_the_runs():
         seeds = sorted(own.keys() & base.keys())
         own, base = ([side[seed] for seed in seeds] for side in (own, base))
         found = paired_difference(own, base)
-        expected = [f"{number:+.1f}" for number in (found.mean, found.low, found.high)]
+        expected = (found.mean, found.low, found.high)
+        expected = [f"{round(number, 1) + 0.0:+.1f}" for number in expected]  # never -0.0
         assert all(n in ("", e) for n, e in zip(numbers, expected, strict=True)), (name, expected)
         if p:
             exact = stats.ttest_rel(own, base).pvalue
@@ -65,10 +73,6 @@ def test_sentences_are_those_of_the_runs():
             assert float(corrected) == pytest.approx(
                 exact * int(num_rows), abs=unit(corrected) / 2
             ), (name, exact)
-    assert len(said) > 50
-
-
-MEANS = re.compile(r"Means of \[its runs\]\((results/[\w/]+\.csv)\):\n\n((?:\|.*\n)+)")
 
 
 def test_means_are_those_of_the_runs():

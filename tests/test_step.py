@@ -48,6 +48,32 @@ def test_steps_go_on_in_another_layout_and_way(kind, was_fast):
     torch.testing.assert_close(second.model.weight, whole.model.weight, check_stride=False)
 
 
+def test_groups_keep_ways_of_their_own_and_optimizers_what_they_add():
+    """An optimizer of a LazyConfig's may have both."""
+    ways = [{"fused": True}, {"fused": False, "foreach": True}]
+
+    def make():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        groups = [{"params": m.parameters(), **way} for m, way in zip(model, ways, strict=True)]
+        optimizer = torch.optim.AdamW(groups, lr=0.1)
+        optimizer.state["seen"] = {"batches": torch.ones(1)}
+        trainer = CheckedTrainer(model, [], optimizer)
+        trainer.iter = 0
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        return trainer
+
+    trainer = make()
+    trainer.load_state_dict(make().state_dict())
+    own = [(bool(g["fused"]), bool(g["foreach"])) for g in trainer.optimizer.param_groups]
+    assert own == [(True, False), (False, True)]
+    assert trainer.optimizer.state["seen"]["batches"].item() == 1
+    state = make().state_dict()
+    del state["optimizer"]["param_groups"][1]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        trainer.load_state_dict(state)
+
+
 def test_another_optimizer_does_not_go_on(run, out, capsys):
     assert run(iterations=2) == 0
     assert run("SOLVER.OPTIMIZER", "AdamW", iterations=4, flags=["--resume"]) == 2

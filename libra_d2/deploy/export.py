@@ -48,6 +48,7 @@ def check_exportable(model: nn.Module, format: str, half: bool = False) -> None:
     missing = [p for p in _NEEDED.get(format, ()) if importlib.util.find_spec(p) is None]
     if missing:
         raise ValueError(f"format {format} needs {' and '.join(missing)}; pip installs them")
+    # It has no bounds of sizes before.
     if format == "torch-export" and not callable(torch.export.Dim.AUTO):
         raise ValueError(
             f"format torch-export needs torch 2.7 or later, here is {torch.__version__}; the other "

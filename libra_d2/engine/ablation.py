@@ -19,7 +19,7 @@ from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from libra_d2.checkpoint import write_whole
-from libra_d2.metrics import read_metrics
+from libra_d2.metrics import read_metrics, split_score
 
 from .comparison import read_results, write_csv
 from .output_dir import is_of_a_run, refuse_held
@@ -27,6 +27,8 @@ from .plan import ROOT, Plan, Run
 from .speed import cpu_capabilities
 
 __all__ = ["find_detections", "keep_results", "mean_logs", "run_all"]
+
+_NO_LOGS = {"iteration", "lr", "eta_seconds", "time", "data_time", "rank_data_time"}
 
 
 def find_detections(runs: Sequence[Run]) -> dict[tuple[str, int], tuple[Path, Path]]:
@@ -220,15 +222,15 @@ def _score(run: Run, jobs: int) -> dict:
 
 
 def mean_logs(records: Sequence[dict]) -> dict[str, float]:
-    """Means of what training has logged of losses and samples, as ``logs/loss_cls`` and others.
+    """Means of what training has logged but for times and rates, as ``logs/loss_cls`` and others.
 
     Args:
-        records: of ``metrics.json``.
+        records: those of ``metrics.json`` to take.
     """
     values: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
-            if "/A" not in name and ("/" in name or "loss" in name):
+            if name not in _NO_LOGS and "validation/" not in name and split_score(name) is None:
                 values.setdefault(f"logs/{name}", []).append(value)
     return {name: sum(v) / len(v) for name, v in values.items()}
 

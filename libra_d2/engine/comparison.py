@@ -1,6 +1,7 @@
 """Tables and pictures of runs that are compared: from results to what they show."""
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,11 @@ def compare(
     """
     for result in results:
         if metric not in result:
-            names = [name for name in result if "/" in name and not name.startswith("logs/")]
+            names = [name for name in result if "/" in name]
+            scores = [name for name in names if not name.startswith("logs/")]
             raise ValueError(
                 f"row '{result['row']}' has no metric '{metric}'{suggest(metric, names)}; it has "
-                f"{', '.join(names)}"
+                f"{', '.join(scores)}, and logs/... of what training logs"
             )
     rows = dict.fromkeys(r["row"] for r in results)
     by_row = {row: {r["seed"]: r for r in results if r["row"] == row} for row in rows}
@@ -143,23 +145,32 @@ def make_table(lines: Sequence[Line], metric: str) -> str:
     names = [name for name in _shown(metric) if all(name in line.means for line in lines)]
     heads = [name.partition("/")[2] for name in names]
     head = ["row", "seeds", *heads, "difference to the first [95 % interval]"]
+    decimals = {name: _decimals(name, lines[0].means[name]) for name in names}
     table = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in lines:
         cells = []
         for name in names:
             mean, deviation = line.means[name], line.deviations[name]
-            spread = f" ± {deviation:.1f}" if np.isfinite(deviation) else ""
-            cells.append(f"{mean:.1f}{spread}")
-        text = _difference(line.difference)
+            places = decimals[name]
+            spread = f" ± {deviation:.{places}f}" if np.isfinite(deviation) else ""
+            cells.append(f"{mean:.{places}f}{spread}")
+        text = _difference(line.difference, decimals[metric])
         table.append(f"| {' | '.join([line.row, str(line.num_seeds), *cells, text])} |")
     return "\n".join(table) + "\n"
 
 
-def _difference(difference: Difference | None) -> str:
+def _decimals(metric: str, value: float) -> int:
+    """One of a score in percent; of what training logs, of any size, three digits that count."""
+    if not metric.startswith("logs/") or not np.isfinite(value) or value == 0:
+        return 1
+    return max(0, 2 - math.floor(math.log10(abs(value))))
+
+
+def _difference(difference: Difference | None, decimals: int) -> str:
     if difference is None:
         return ""
     ends = (difference.mean, difference.low, difference.high)
-    mean, low, high = (f"{round(x, 1) + 0.0:+.1f}" for x in ends)  # never -0.0
+    mean, low, high = (f"{round(x, decimals) + 0.0:+.{decimals}f}" for x in ends)  # never -0.0
     text = mean
     if np.isfinite(difference.low):
         over = " over images" if difference.over == "images" else ""

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -168,10 +169,11 @@ class CheckedTrainer(SimpleTrainer):
                 "the checkpoint is of another optimizer; go on with the SOLVER.OPTIMIZER of the "
                 "run, or start another from its weights (MODEL.WEIGHTS)"
             )
-        # By these torch also decides where the number of steps lies.
-        way = {name: own[0][name] for name in _WAYS if name in own[0]}
-        groups = [{**group, **way} for group in saved]
-        super().load_state_dict({**state_dict, "optimizer": {**optimizer, "param_groups": groups}})
+        if len(own) == len(saved):  # of others the parent says so
+            # By these torch also decides where the number of steps lies.
+            ways = [{name: group[name] for name in _WAYS if name in group} for group in own]
+            saved = [{**group, **way} for group, way in zip(saved, ways, strict=True)]
+        super().load_state_dict({**state_dict, "optimizer": {**optimizer, "param_groups": saved}})
         self._lay_out_state()
         self.num_skipped = state_dict.get("num_skipped", 0)
         if "grad_scaler" in state_dict:
@@ -182,7 +184,8 @@ class CheckedTrainer(SimpleTrainer):
 
         torch leaves them as they were saved, maybe with ``MODEL.CHANNELS_LAST`` otherwise.
         """
-        for parameter, state in self.optimizer.state.items():
+        for parameter in chain(*(group["params"] for group in self.optimizer.param_groups)):
+            state = self.optimizer.state.get(parameter, {})
             for name, value in state.items():
                 is_like = torch.is_tensor(value) and value.shape == parameter.shape
                 if is_like and value.stride() != parameter.stride():
