@@ -128,6 +128,7 @@ def test_any_metric_can_be_compared(tmp_path):
     plot(lines, "bbox/AP-cat", tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"no metric 'bbox/AP-cot' \(did you mean 'bbox/AP-cat'"):
         compare(records, "bbox/AP-cot", "base")
+    records[0]["logs/loss_cls"] = 1.0
     with pytest.raises(
         ValueError, match=r"it has bbox/AP, .*, and logs/\.\.\. of what training logs"
     ):

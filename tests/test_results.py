@@ -34,8 +34,6 @@ LINK = re.compile(
     r"(?: \[([+-]\d+\.\d), ([+-]\d+\.\d)\])?"
     r"(?: \(p = ([\d.]+), ([\d.]+) after the correction for (\d+) rows\))?"
 )
-
-
 MEANS = re.compile(r"Means of \[its runs\]\((results/[\w/]+\.csv)\):\n\n((?:\|.*\n)+)")
 
 

@@ -16,6 +16,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -88,41 +89,50 @@ def write_tables(
     return lines
 
 
+def take_plan(args: argparse.Namespace) -> Plan:
+    """The plan as the arguments change it; all its rows, also where some alone are asked for.
+
+    Raises:
+        ValueError: naming the argument, or what of the plan, is wrong.
+    """
+    plan = read_plan(args.plan)
+    if args.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
+    if bool(args.train) != bool(args.test) or (args.folds and args.train):
+        raise ValueError("give --train and --test, or --folds")
+    seeds = args.seeds
+    if args.train:
+        plan.data = Data(train=args.train, test=args.test)
+    if args.folds:
+        if not args.folds[1].isdigit():
+            raise ValueError(f"--folds must be a data set and a number, got {args.folds[1]}")
+        plan.data = Data(all=args.folds[0], folds=int(args.folds[1]))
+        seeds = seeds or list(range(1, plan.data.folds + 1))
+    unknown = [row for row in args.rows or () if row not in plan.rows]
+    if unknown:
+        raise ValueError(f"there is no row '{unknown[0]}'; there is {', '.join(plan.rows)}")
+    if seeds:
+        plan.seeds = seeds
+        for row in plan.rows.values():
+            row.seeds = None
+    plan.opts = [*plan.opts, *args.opts]
+    return plan
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     # So that the runs are ended too, which save what they have.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with one_sentence_errors(parser.prog):
-        plan = read_plan(args.plan)
-        if args.jobs < 1:
-            raise ValueError(f"--jobs must be at least 1, got {args.jobs}")
-        if bool(args.train) != bool(args.test) or (args.folds and args.train):
-            raise ValueError("give --train and --test, or --folds")
-        if args.train:
-            plan.data = Data(train=args.train, test=args.test)
-        if args.folds:
-            if not args.folds[1].isdigit():
-                raise ValueError(f"--folds must be a data set and a number, got {args.folds[1]}")
-            plan.data = Data(all=args.folds[0], folds=int(args.folds[1]))
-            args.seeds = args.seeds or list(range(1, plan.data.folds + 1))
-        unknown = [row for row in args.rows or () if row not in plan.rows]
-        if unknown:
-            raise ValueError(f"there is no row '{unknown[0]}'; there is {', '.join(plan.rows)}")
-        if args.seeds:
-            plan.seeds = args.seeds
-            for row in plan.rows.values():
-                row.seeds = None
-        plan.opts = [*plan.opts, *args.opts]
+        plan = take_plan(args)
         output, name = Path(args.output), Path(args.plan).stem
         folder = Path(args.runs) if args.runs else output / "runs" / name
         known = {file: read_results(file) for file in sorted(output.glob("*.csv"))}
         csv_file = output / f"{name}.csv"
         asked = {row: plan.rows[row].seeds or plan.seeds for row in args.rows or plan.rows}
         plan.rows = add_former(plan, asked, known.get(csv_file, []))
-        every = list_runs(
-            plan, folder, [result for results in known.values() for result in results]
-        )
+        every = list_runs(plan, folder, list(chain(*known.values())))
         check_unmixed(known.get(csv_file, []), every, csv_file)
         runs = [run for run in every if run.seed in asked.get(run.row, ())]
         results = keep_results(csv_file, runs, plan)

@@ -206,14 +206,14 @@ def _wait(process: subprocess.Popen, stop: threading.Event) -> int | None:
 def _score(run: Run, jobs: int) -> dict:
     """What a run's last evaluation says."""
     records = read_metrics(run.folder / "metrics.json")
-    scored = [r for r in records if any("/AP" in key or "/AR" in key for key in r)]
+    scored = [r for r in records if any(map(split_score, r))]
     if not scored:
         raise ValueError(f"row '{run.row}', seed {run.seed} was not scored: TEST.EVAL_PERIOD?")
     trained = [r for r in records if "total_loss" in r]
     return {
         "row": run.row,
         "seed": run.seed,
-        **{key: value for key, value in scored[-1].items() if "/A" in key},
+        **{key: value for key, value in scored[-1].items() if split_score(key)},
         **mean_logs(trained[-max(1, len(trained) // 4) :]),
         "iterations": 1 + max(r["iteration"] for r in trained),
         "device": _device(jobs),
@@ -230,7 +230,7 @@ def mean_logs(records: Sequence[dict]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
-            if name not in _NO_LOGS and "validation/" not in name and split_score(name) is None:
+            if name not in _NO_LOGS and "validation/" not in name and not split_score(name):
                 values.setdefault(f"logs/{name}", []).append(value)
     return {name: sum(v) / len(v) for name, v in values.items()}
 

@@ -91,9 +91,10 @@ def compare(
         if metric not in result:
             names = [name for name in result if "/" in name]
             scores = [name for name in names if not name.startswith("logs/")]
+            logs = ", and logs/... of what training logs" if len(scores) < len(names) else ""
             raise ValueError(
                 f"row '{result['row']}' has no metric '{metric}'{suggest(metric, names)}; it has "
-                f"{', '.join(scores)}, and logs/... of what training logs"
+                f"{', '.join(scores)}{logs}"
             )
     rows = dict.fromkeys(r["row"] for r in results)
     by_row = {row: {r["seed"]: r for r in results if r["row"] == row} for row in rows}

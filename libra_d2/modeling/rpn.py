@@ -147,15 +147,15 @@ class LibraRPN(RPN):
         """
         positives, negatives = label == 1, label == 0
         num_positives, num_negatives = torch.stack([positives.sum(), negatives.sum()]).tolist()
-        num_chosen = min(num_positives, int(self.batch_size_per_image * self.positive_fraction))
+        num_drawn = min(num_positives, int(self.batch_size_per_image * self.positive_fraction))
+        num_left = self.batch_size_per_image - num_drawn
         label.fill_(-1)
-        label.scatter_(0, _draw(positives, num_positives, num_chosen), 1)
-        num_chosen = self.batch_size_per_image - num_chosen
-        label.scatter_(0, _draw(negatives, num_negatives, num_chosen), 0)
+        label.scatter_(0, _draw(positives, num_positives, num_drawn), 1)
+        label.scatter_(0, _draw(negatives, num_negatives, num_left), 0)
         if self.negative_positive_ub < 0:
             return label
         negatives = label == 0
-        bound = self.negative_positive_ub * (label == 1).sum().clamp(min=1)
+        bound = self.negative_positive_ub * max(num_drawn, 1)
         label[negatives & ~sample_random(negatives, bound)] = -1
         return label
 
