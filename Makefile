@@ -22,7 +22,7 @@ demo: .venv/requirements
 	@$(MAKE) --no-print-directory .venv/detectron2 2> /dev/null || { \
 	  echo "make demo needs detectron2, and it could not be installed from its repository;" \
 	    ".venv/detectron2.log says why" >&2; exit 1; }
-	@$(PY) train_net.py --config-file configs/Demo/libra_faster_rcnn.yaml --overwrite \
+	@$(PY) train_net.py --config-file configs/Demo/demo.yaml --overwrite \
 	  OUTPUT_DIR $(DEMO) SOLVER.FAST True $(ARGS)
 	@$(PY) tools/predict.py $(DEMO) digits_val --num-images 8 --sheet $(DEMO)/predictions.jpg --overwrite
 	@$(PY) tools/analyse.py run $(DEMO) $(DEMO)/training.png --overwrite
