@@ -111,9 +111,7 @@ def test_no_more_than_detectron2s(config, plain, num_objects):
     own = count_waits(config, (), num_objects)
     opts = PLAIN if plain == BASELINE else ("MODEL.META_ARCHITECTURE", "RetinaNet")
     theirs = count_waits(plain, opts, num_objects)
-    n, more = len(num_objects), 0
-    if config in (PISA, LIBRA_PISA):
-        more = 1  # two an image in ISR-N, which other parts of a step save
+    more = 0
     if config == GUIDED:
-        more = max(0, 8 - 3 * n)  # the matching's, of any number of images as many
+        more = max(0, 8 - 3 * len(num_objects))  # the matching's, of any number as many
     assert own.total() <= theirs.total() + more, (own, theirs)

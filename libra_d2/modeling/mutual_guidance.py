@@ -21,7 +21,8 @@ from torch import Tensor
 
 from libra_d2.matching import check_mutual_guidance, classify_to_localize, localize_to_classify
 
-from .overlaps import find_overlaps
+from .max_iou import take_boxes, take_classes
+from .overlaps import find_overlaps, split_batch
 from .switches import DoesNotFit, SwitchRegistry, from_keys
 
 __all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
@@ -30,10 +31,6 @@ __all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
 MATCHERS = SwitchRegistry("MATCHERS", ("MODEL.RETINANET.MATCHER",))
 # None: the labels are left to detectron2's own matcher.
 MATCHERS.register(type(None), name="max_iou")
-
-# Others take a batch as a whole: a GPU is then waited for hardly more often than for one image. On
-# a CPU that would only take memory.
-_IMAGES_AT_ONCE = {"cpu": 1}
 
 
 class PredictionMatcher(Protocol):
@@ -111,12 +108,10 @@ class MutualGuidanceMatcher:
             regression, where K means that an anchor does not regress.
         """
         num_images = len(gt_instances)
-        at_once = _IMAGES_AT_ONCE.get(logits.device.type, num_images)
         pred_boxes = torch.stack([transform.apply_deltas(d, anchors.tensor) for d in deltas])
-        parts = [slice(i, i + at_once) for i in range(0, num_images, at_once)]
         labelled = [
             self._label(anchors, logits[part], pred_boxes[part], gt_instances[part])
-            for part in parts
+            for part in split_batch(num_images, logits.device)
         ]
         *targets, numbers = zip(*labelled, strict=True)
         self._log(torch.stack(numbers).sum(dim=0), num_images)
@@ -182,13 +177,8 @@ def _split(
     for gt, index, label in zip(
         gt_instances, matched_gt.chunk(num_images), labels.chunk(num_images), strict=True
     ):
-        if len(gt) == 0:
-            classes.append(torch.full_like(index, background))
-            boxes.append(gt.gt_boxes.tensor.new_zeros(len(index), 4))
-            continue
         index = (index - first).clamp(min=0)  # it is 0 where nothing is matched
-        positive = torch.where(label == 1, gt.gt_classes[index], background)
-        classes.append(positive.masked_fill(label == -1, -1))
-        boxes.append(gt.gt_boxes.tensor[index])
+        classes.append(take_classes(gt, index, label, background))
+        boxes.append(take_boxes(gt, index))
         first += len(gt)
     return classes, boxes

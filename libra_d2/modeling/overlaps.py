@@ -5,12 +5,21 @@ from detectron2.structures import Boxes
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["find_overlaps"]
+__all__ = ["find_overlaps", "split_batch"]
 
 _BLOCK = 64  # boxes that are looked at together, or not at all
 # Boxes compared in one step: 4 MiB of coordinates on a CPU; 256 on a GPU, which is waited for once
 # in each step.
 _AT_ONCE, _AT_ONCE_ON_GPU = 2**18, 2**24
+# Others take a batch as a whole: a GPU is then waited for hardly more often than for one image. On
+# a CPU that would only take memory.
+_IMAGES_AT_ONCE = {"cpu": 1}
+
+
+def split_batch(num_images: int, device: torch.device) -> list[slice]:
+    """The images whose overlaps are best found together."""
+    at_once = _IMAGES_AT_ONCE.get(device.type, max(1, num_images))
+    return [slice(first, first + at_once) for first in range(0, num_images, at_once)]
 
 
 @torch.no_grad()

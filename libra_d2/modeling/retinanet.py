@@ -17,6 +17,7 @@ from detectron2.config import configurable
 from detectron2.layers import cat
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
 from detectron2.structures.boxes import matched_pairwise_iou
@@ -30,6 +31,7 @@ from libra_d2.ranking import reweight_positives
 from .balanced_pyramid import BalancedPyramid
 from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
 from .classification_losses import CLASSIFICATION_LOSSES, ClassificationLoss, FocalLoss
+from .max_iou import match_anchors, take_boxes, take_classes
 from .mutual_guidance import MATCHERS, PredictionMatcher
 from .pisa import Carl, IsrPositive, log_reweighting
 from .pyramids import LastLevelP6P7WithoutReLU
@@ -155,6 +157,30 @@ class LibraRetinaNet(RetinaNet):
             self.box2box_transform,
         )
         return self.losses(anchors, logits, gt_labels, deltas, gt_boxes, box_targets)
+
+    @torch.no_grad()
+    def label_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels and ground truths as the parent gives them, to the bit; see :func:`match_anchors`.
+
+        Args:
+            anchors: boxes of each level, in pixels.
+            gt_instances: ground truths of each of N images.
+
+        Returns:
+            Classes to learn, (R,) int64 in [-1, K], -1 ignored and K background, and the ground
+            truths that positives answer to, (R, 4), of each image.
+        """
+        if type(self.anchor_matcher) is not Matcher:
+            return super().label_anchors(anchors, gt_instances)
+        all_gts = [gt.gt_boxes for gt in gt_instances]
+        matched = match_anchors(self.anchor_matcher, all_gts, Boxes.cat(anchors))
+        gt_labels, gt_boxes = [], []
+        for gt, m in zip(gt_instances, matched, strict=True):
+            gt_labels.append(take_classes(gt, m.gt_indices, m.labels, self.num_classes))
+            gt_boxes.append(take_boxes(gt, m.gt_indices))
+        return gt_labels, gt_boxes
 
     def losses(
         self,

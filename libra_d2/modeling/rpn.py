@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from detectron2.config import configurable
 from detectron2.layers import cat
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
-from detectron2.structures import Boxes
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +23,8 @@ from libra_d2.config import get_key, settle
 from libra_d2.sampling import sample_random
 
 from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
+from .max_iou import match_anchors, take_boxes
+from .proposals import find_top_candidates, find_top_proposals
 from .samplers import (
     NEGATIVE_SAMPLERS,
     POSITIVE_SAMPLERS,
@@ -137,6 +140,34 @@ class LibraRPN(RPN):
             "box_loss": BOX_LOSSES.make("MODEL.RPN.BBOX_REG_LOSS_TYPE", cfg),
         }
 
+    @torch.jit.unused
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels and ground truths as the parent gives them, to the bit; see :func:`match_anchors`.
+
+        Args:
+            anchors: boxes of each level, in pixels.
+            gt_instances: ground truths of each of N images.
+
+        Returns:
+            Labels, (R,) int8 in {-1, 0, 1}, and the ground truths that positives answer to, (R, 4),
+            of each image.
+        """
+        sampler = self.anchor_matcher if isinstance(self.anchor_matcher, SamplingMatcher) else None
+        matcher = self.anchor_matcher if sampler is None else sampler.matcher
+        if type(matcher) is not Matcher or self.anchor_boundary_thresh >= 0:
+            return super().label_and_sample_anchors(anchors, gt_instances)
+        all_anchors, all_gts = Boxes.cat(anchors), [gt.gt_boxes for gt in gt_instances]
+        gt_labels, gt_boxes = [], []
+        matched = match_anchors(matcher, all_gts, all_anchors)
+        for gt, matches in zip(gt_instances, matched, strict=True):
+            labels = matches.labels if sampler is None else sampler.sample(matches)
+            gt_labels.append(self._subsample_labels(labels))
+            gt_boxes.append(take_boxes(gt, matches.gt_indices))
+        return gt_labels, gt_boxes
+
     def _subsample_labels(self, label: Tensor) -> Tensor:
         """Samples as the parent does, to the bit, then drops random negatives over the bound.
 
@@ -207,6 +238,41 @@ class LibraRPN(RPN):
             "loss_rpn_loc": box_losses.sum() / normalizer,
         }
         return {name: loss * self.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def predict_proposals(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        image_sizes: list[tuple[int, int]],
+    ) -> list[Instances]:
+        """Proposals as the parent finds them, to the bit; see :func:`find_top_proposals`.
+
+        Args:
+            anchors: boxes of each level, in pixels.
+            pred_objectness_logits: (N, anchors of the level) of each level.
+            pred_anchor_deltas: (N, anchors of the level, 4) of each level.
+            image_sizes: height and width of each of N images, in pixels.
+
+        Returns:
+            ``proposal_boxes`` and ``objectness_logits`` of each image, by descending logits.
+        """
+        candidates = find_top_candidates(
+            anchors,
+            pred_objectness_logits,
+            pred_anchor_deltas,
+            self.box2box_transform,
+            self.pre_nms_topk[self.training],
+        )
+        return find_top_proposals(
+            *candidates,
+            image_sizes,
+            nms_thresh=self.nms_thresh,
+            number=self.post_nms_topk[self.training],
+            min_box_size=self.min_box_size,
+            training=self.training,
+        )
 
 
 def _draw(candidates: Tensor, number: int, num_samples: int) -> Tensor:

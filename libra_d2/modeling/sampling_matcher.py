@@ -94,8 +94,15 @@ class SamplingMatcher:
         matches = Matches(ious, gt_indices, labels)
         if self.needs_predictions:
             matches.predictions = self._next_predictions(tuple(match_quality_matrix.shape))
-        if len(labels) > 0:
-            labels = self._sample(matches)
+        return gt_indices, self.sample(matches)
+
+    def sample(self, matches: Matches) -> Tensor:
+        """Samples one image's candidates, once they are matched; see :meth:`__call__`.
+
+        Returns:
+            Their labels, (P,) int8.
+        """
+        labels = self._sample(matches) if len(matches.labels) > 0 else matches.labels
         if self._batch is not None:
             self._batch.weights.append(matches.weights)
         elif matches.weights is not None:
@@ -103,7 +110,7 @@ class SamplingMatcher:
                 f"{self.positive_sampler} and {self.negative_sampler} weigh candidates, which is "
                 "for ROI heads: nothing here reads the weights"
             )
-        return gt_indices, labels
+        return labels
 
     def _next_predictions(self, shape: tuple[int, int]) -> Predictions:
         batch = self._batch or _Batch(())

@@ -26,8 +26,10 @@ def benchmark_growth(repeats: int) -> None:
     _show("images", _IMAGES, _by_images, repeats * 3)
     _show("pixels", _SIDES, _by_pixels, max(3, repeats // 3), of=lambda side: side**2)
     _show("objects", _OBJECTS, make_matchings, max(3, repeats // 3))
-    rows = [(n, peak_memory(make_matchings(n)["Mutual Guidance"])) for n in _OBJECTS]
-    show(f"Memory of Mutual Guidance's matching ({DEVICE})", rows, ("objects", "MiB"))
+    matchings = [make_matchings(number) for number in _OBJECTS]
+    rows = [(name, *(peak_memory(steps[name]) for steps in matchings)) for name in matchings[0]]
+    title = f"Memory of matching, by objects ({DEVICE}, MiB)"
+    show(title, rows, ("matching", *(f"{number}" for number in _OBJECTS)))
 
 
 def _show(

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from libra_d2.engine import load_config
 from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
 from libra_d2.modeling import LibraFastRCNNOutputLayers, MutualGuidanceMatcher
+from libra_d2.modeling.max_iou import match_anchors
 from libra_d2.modeling.roi_align import ParallelROIAlign, SparseROIAlign
 
 from .measuring import CONFIGS, DEVICE, make_inputs, measure, show
@@ -84,11 +85,11 @@ def benchmark_bfp(repeats: int) -> None:
     )
 
 
-# ---- matching of Mutual Guidance
+# ---- matching of anchors
 
 
 def make_matchings(num_objects: int) -> dict[str, Callable]:
-    """Both labellings of one image and detectron2's one, on all anchors of 800x1216."""
+    """Labels of one image by the largest IoU, and both of Mutual Guidance; anchors of 800x1216."""
     anchors = make_anchors((800, 1216)).to(DEVICE)
     gt = make_inputs((800, 1216), num_images=1, num_objects=num_objects)[0]["instances"].to(DEVICE)
     generator = torch.Generator().manual_seed(0)
@@ -104,6 +105,7 @@ def make_matchings(num_objects: int) -> dict[str, Callable]:
 
     return {
         "pairwise_iou + Matcher (detectron2)": lambda: max_iou(pairwise_iou(gt.gt_boxes, anchors)),
+        "the same from overlaps": lambda: list(match_anchors(max_iou, [gt.gt_boxes], anchors)),
         "Mutual Guidance": guide,
     }
 
