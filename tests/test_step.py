@@ -109,6 +109,17 @@ def test_a_rehearsal_takes_a_step_though_float16s_scale_is_too_large(run, out, m
     assert len(scales) > 3 and scales[-2] == scales[-3] < scales[0]
 
 
+def test_a_rehearsal_ends_where_no_step_can_be_left_out(run, out, monkeypatch, capsys):
+    """As the run would, whatever SOLVER.MAX_SKIPPED; and with nothing written."""
+
+    def diverge(self):
+        raise NonFiniteError("gradients were not finite in float16, at scales down to 0.0005")
+
+    monkeypatch.setattr(CheckedTrainer, "run_step", diverge)
+    assert run("SOLVER.MAX_SKIPPED", 5) == 2
+    assert "scales down to 0.0005" in capsys.readouterr().err and not out.exists()
+
+
 class TestNumbers:
     @staticmethod
     def _break(trainer):

@@ -76,17 +76,13 @@ def rehearse(
 def _step(trainer: LibraTrainer, cfg: CfgNode) -> None:
     trainer.iter = trainer.start_iter
     with EventStorage(trainer.start_iter):
-        try:
-            trainer._trainer.iter = trainer.iter
-            scaler = trainer._trainer.grad_scaler
-            while True:  # a scale that is too small is refused
-                scale = scaler.get_scale()
-                trainer._trainer.run_step()
-                if scaler.get_scale() == scale:
-                    break  # else float16's scale was too large, and no step was taken
-        except NonFiniteError:
-            if not cfg.SOLVER.MAX_SKIPPED:
-                raise
+        trainer._trainer.iter = trainer.iter
+        scaler = trainer._trainer.grad_scaler
+        while True:  # a scale that is too small is refused
+            scale = scaler.get_scale()
+            trainer._trainer.run_step()
+            if scaler.get_scale() == scale:
+                break  # else float16's scale was too large, and no step was taken
     broken = [n for n, p in trainer.model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise NonFiniteError(
