@@ -7,7 +7,7 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
-from toys import BASELINE, RETINANET, toy_config
+from toys import BASELINE, DEVICES, RETINANET, toy_config
 
 from libra_d2.modeling import LibraRetinaNet, LibraRPN, overlaps
 from libra_d2.modeling.max_iou import match_anchors
@@ -93,11 +93,13 @@ def assert_equal(own, expected):
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_the_rpn_trains_on_what_its_parent_does(batch):
+def test_the_rpn_trains_on_what_its_parent_does(batch, device):
     rpn = build_model(toy_config(BASELINE)).proposal_generator
     assert isinstance(rpn, LibraRPN)
-    anchors, gts = make_anchors(), make_instances(*BATCHES[batch])
+    anchors = [level.to(device) for level in make_anchors()]
+    gts = [gt.to(device) for gt in make_instances(*BATCHES[batch])]
     torch.manual_seed(0)
     own, after = rpn.label_and_sample_anchors(anchors, gts), torch.rand(1)
     torch.manual_seed(0)
@@ -116,11 +118,13 @@ def test_the_rpns_samplers_see_what_they_would(batch):
     assert_equal(own, RPN.label_and_sample_anchors(rpn, anchors, gts))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_retinanet_learns_what_its_parent_does(batch):
+def test_retinanet_learns_what_its_parent_does(batch, device):
     model = build_model(toy_config(RETINANET))
     assert isinstance(model, LibraRetinaNet)
-    anchors, gts = make_anchors(), make_instances(*BATCHES[batch])
+    anchors = [level.to(device) for level in make_anchors()]
+    gts = [gt.to(device) for gt in make_instances(*BATCHES[batch])]
     assert_equal(model.label_anchors(anchors, gts), RetinaNet.label_anchors(model, anchors, gts))
 
 

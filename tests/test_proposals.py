@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import RPN
-from toys import BASELINE, toy_config
+from toys import BASELINE, DEVICES, toy_config
 
 from libra_d2.modeling import LibraRPN
 
@@ -42,10 +42,13 @@ def assert_the_parents(rpn, predictions):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # of bfloat16 many are equal
 @pytest.mark.parametrize("scale", [0.0, 0.5, 5.0])
-def test_equals_the_parents(training, dtype, scale):
+@pytest.mark.parametrize("device", DEVICES)
+def test_equals_the_parents(training, dtype, scale, device):
     rpn = make_rpn(training=training)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        own = assert_the_parents(rpn, make_predictions(rpn, scale, dtype))
+    *levels, sizes = make_predictions(rpn, scale, dtype)
+    levels = [[level.to(device) for level in kind] for kind in levels]
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        own = assert_the_parents(rpn, (*levels, sizes))
     assert all(0 < len(x) <= rpn.post_nms_topk[training] for x in own)
 
 

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances, PolygonMasks
@@ -14,6 +15,8 @@ from detectron2.utils.events import EventStorage
 from libra_d2.engine import load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+_needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=_needs_gpu)]
 
 # Narrow layers, small images and few samples; what a config switches stays as it is.
 TOY = [
