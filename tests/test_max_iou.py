@@ -9,7 +9,7 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from toys import BASELINE, DEVICES, RETINANET, toy_config
 
-from libra_d2.modeling import LibraRetinaNet, LibraRPN, overlaps
+from libra_d2.modeling import LibraRetinaNet, LibraRPN, SamplingMatcher, overlaps
 from libra_d2.modeling.max_iou import match_anchors
 
 SIZE = 256
@@ -51,6 +51,7 @@ BATCHES = {
     "equal IoUs": (make_gts(40, grid=16), make_gts(9, grid=32)),
     "the same twice": (Boxes.cat([make_gts(3), make_gts(3)]),),
     "far away": (make_gts(2), FAR_AWAY, make_gts(3, seed=3)),
+    "without end": (Boxes(torch.tensor([[9.0, 9, 30, 30], [0, 0, 1e25, 1e25], [-1e25, 0, 9, 9]])),),
     "without area": (Boxes(torch.tensor([[8.0, 8, 8, 40], [5, 5, 60, 60]])),),
 }
 
@@ -58,7 +59,7 @@ BATCHES = {
 @pytest.fixture(params=["one by one", "as a whole"])
 def parts(request, monkeypatch):
     if request.param == "as a whole":  # as on a GPU
-        monkeypatch.setattr(overlaps, "_IMAGES_AT_ONCE", {})
+        monkeypatch.setattr(overlaps, "_PAIRS_AT_ONCE", 10**9)
 
 
 @pytest.mark.usefixtures("parts")
@@ -101,10 +102,10 @@ def test_the_rpn_trains_on_what_its_parent_does(batch, device):
     anchors = [level.to(device) for level in make_anchors()]
     gts = [gt.to(device) for gt in make_instances(*BATCHES[batch])]
     torch.manual_seed(0)
-    own, after = rpn.label_and_sample_anchors(anchors, gts), torch.rand(1)
+    own, after = rpn.label_and_sample_anchors(anchors, gts), torch.rand(1, device=device)
     torch.manual_seed(0)
     assert_equal(own, RPN.label_and_sample_anchors(rpn, anchors, gts))
-    assert torch.equal(after, torch.rand(1))  # no more and no less was drawn
+    assert torch.equal(after, torch.rand(1, device=device))  # no more and no less was drawn
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -148,6 +149,23 @@ def test_a_matcher_of_ones_own_is_asked():
     rpn.anchor_matcher, rpn.positive_fraction, rpn.batch_size_per_image = matcher, 1.0, 10**6
     (labels,), _ = rpn.label_and_sample_anchors(anchors, gts)
     assert torch.equal(labels == 1, expected)
+
+
+class NoPositives(SamplingMatcher):
+    """A sampling matcher of a user's own."""
+
+    def __call__(self, match_quality_matrix):
+        matches, labels = super().__call__(match_quality_matrix)
+        return matches, labels.clamp(max=0)
+
+
+def test_a_sampling_matcher_of_ones_own_is_asked():
+    rpn = build_model(toy_config(BASELINE)).proposal_generator
+    rpn.anchor_matcher = NoPositives(
+        rpn.anchor_matcher, batch_size_per_image=256, positive_fraction=0.5
+    )
+    (labels,), _ = rpn.label_and_sample_anchors(make_anchors(), make_instances(make_gts(3)))
+    assert (labels == 1).sum() == 0 and (labels == 0).sum() == 256
 
 
 def test_anchors_beyond_the_boundary_are_left_out_as_by_the_parent():

@@ -84,7 +84,7 @@ class TestMutualGuidance:
     def test_a_batch_as_a_whole_is_labelled_as_one_by_one(self, monkeypatch):
         numbers = {"num_objects": (3, 0, 1, 7, 0)}
         one_by_one, logged = self.label(**numbers)[-2:]
-        monkeypatch.setattr(overlaps, "_IMAGES_AT_ONCE", {})  # as on a GPU
+        monkeypatch.setattr(overlaps, "_PAIRS_AT_ONCE", 10**9)  # as on a GPU
         whole, logged_of_whole = self.label(**numbers)[-2:]
         for a, b in zip((*one_by_one[:2], *one_by_one[2]), (*whole[:2], *whole[2]), strict=True):
             assert len(a) == 5 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from detectron2.structures import Boxes, pairwise_iou
 
-from libra_d2.modeling.overlaps import find_overlaps
+from libra_d2.modeling import overlaps as module
+from libra_d2.modeling.overlaps import find_overlaps, split_batch
 
 
 def make_boxes(number: int, seed: int, size: float = 400.0) -> Boxes:
@@ -49,6 +50,22 @@ def test_a_batch_is_its_images(num_boxes, num_gts, same_boxes):
     expected = torch.block_diag(*(pairwise_iou(*pair) for pair in pairs))
     assert got.shape == expected.shape and torch.equal(got.to_dense(), expected)
     assert torch.equal(got.indices(), expected.nonzero().t())
+
+
+@pytest.mark.parametrize(
+    ("most", "parts"),
+    [
+        (0, [[2], [0], [3], [0], [1]]),
+        (250, [[2, 0], [3], [0, 1]]),
+        (500, [[2, 0, 3, 0], [1]]),
+        (10**6, [[2, 0, 3, 0, 1]]),
+    ],
+)
+def test_images_are_taken_together_up_to_a_number_of_pairs(monkeypatch, most, parts):
+    monkeypatch.setattr(module, "_PAIRS_AT_ONCE", most)
+    gt_boxes = [make_boxes(number, 0) for number in (2, 0, 3, 0, 1)]
+    got = [[len(boxes) for boxes in gt_boxes[part]] for part in split_batch(gt_boxes, 100)]
+    assert got == parts
 
 
 def test_boxes_without_area_and_outside_the_image():

@@ -67,6 +67,39 @@ def test_small_and_outlying_boxes_are_left_out():
         assert (boxes <= torch.tensor([width, height, width, height])).all()
 
 
+def test_traced_it_is_the_parents():
+    """Whose graph is right for other images too."""
+    rpn = make_rpn(training=False)
+    predictions = make_predictions(rpn)
+    anchors, _, deltas, sizes = predictions
+
+    def find(*logits):
+        found = rpn.predict_proposals(anchors, logits, deltas, [torch.tensor(s) for s in sizes])
+        return [x.proposal_boxes.tensor for x in found]
+
+    traced = torch.jit.trace(find, tuple(predictions[1]), check_trace=False)
+    others = [logits.flip(1) for logits in predictions[1]]
+    expected = rpn.predict_proposals(anchors, others, deltas, sizes)
+    for one, other in zip(traced(*others), expected, strict=True):
+        assert torch.equal(one, other.proposal_boxes.tensor)
+
+
+class ShiftedRPN(LibraRPN):
+    """A user's own, which decodes otherwise."""
+
+    def _decode_proposals(self, anchors, pred_anchor_deltas):
+        return [boxes + 3 for boxes in super()._decode_proposals(anchors, pred_anchor_deltas)]
+
+
+def test_proposals_decoded_otherwise_are_taken():
+    rpn = make_rpn()
+    rpn.__class__ = ShiftedRPN
+    own = rpn.predict_proposals(*make_predictions(rpn, scale=0.0))
+    rpn.__class__ = LibraRPN
+    plain = rpn.predict_proposals(*make_predictions(rpn, scale=0.0))
+    assert not torch.equal(own[0].proposal_boxes.tensor[:5], plain[0].proposal_boxes.tensor[:5])
+
+
 def test_an_image_may_have_none():
     rpn = make_rpn()
     anchors, logits, deltas, sizes = make_predictions(rpn)

@@ -73,7 +73,7 @@ class CheckedTrainer(SimpleTrainer):
         with torch.autocast(self.device_type, self.dtype if is_mixed else None, enabled=is_mixed):
             try:
                 losses = self.model(batch)
-            except FloatingPointError as error:  # detectron2's, of boxes
+            except FloatingPointError as error:  # an RPN's, of boxes
                 what = f"{error} In iteration {self.iter}, on the images {_names(batch)}"
                 raise NonFiniteError(what) from error
         if torch.is_tensor(losses):

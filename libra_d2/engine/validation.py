@@ -54,7 +54,7 @@ def mean_losses(model: nn.Module, loader: Iterable[list[dict]]) -> dict[str, flo
                 for name, loss in model(batch).items():
                     sums[name] += len(batch) * float(loss)
                 number += len(batch)
-        except FloatingPointError as error:  # detectron2's
+        except FloatingPointError as error:  # an RPN's, of boxes
             problem = str(error)
     shares = comm.all_gather((sums, number, problem))
     if problems := [problem for *_, problem in shares if problem]:

@@ -3,7 +3,6 @@
 Shape shorthand in this module:
 
     N: number of images
-    G: number of ground truths of all images
     R: number of anchors of an image
 """
 
@@ -11,28 +10,32 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 from torch import Tensor
 
 from .overlaps import find_overlaps, split_batch
 from .samplers import Matches
 
-__all__ = ["match_anchors", "take_boxes", "take_classes"]
+__all__ = ["match_anchors"]
 
 
 @torch.no_grad()
 def match_anchors(matcher: Matcher, gt_boxes: list[Boxes], anchors: Boxes) -> Iterator[Matches]:
     """What a matcher makes of each image's ``pairwise_iou(gt_boxes, anchors)``, to the bit.
 
-    The matrix of all pairs is never made, which for a crowd takes most of the time and memory; and
-    the host waits for a GPU hardly more often than for one image.
+    The matrix of all pairs is never made, which for many objects takes most of the time and memory.
+    Images are matched together as far as that takes little memory, so that the host waits for a GPU
+    hardly more often than for one.
 
     Args:
         matcher: detectron2's own, whose thresholds, labels and low-quality matches are read.
         gt_boxes: of each of N images, in pixels.
         anchors: R boxes, the same for all images.
+
+    Yields:
+        IoUs, indices and labels, (R,) each, of one image after the other.
     """
-    for part in split_batch(len(gt_boxes), anchors.device):
+    for part in split_batch(gt_boxes, len(anchors)):
         yield from _match(matcher, gt_boxes[part], anchors)
 
 
@@ -41,10 +44,10 @@ def _match(matcher: Matcher, gt_boxes: list[Boxes], anchors: Boxes) -> Iterator[
     num_gts, num_columns = overlaps.shape
     (gts, columns), values = overlaps.indices(), overlaps.values()
     ious = values.new_zeros(num_columns).scatter_reduce(0, columns, values, "amax")
-    # The first of equal ones; 0 where there is none.
+    # The first of equal ones, and of those that do not overlap.
     candidates = gts.masked_fill(values != ious[columns], num_gts)
     matched = gts.new_full((num_columns,), num_gts).scatter_reduce(0, columns, candidates, "amin")
-    matched = matched.masked_fill(matched == num_gts, 0)
+    matched = matched.masked_fill(ious == 0, 0)
 
     labels = torch.ones_like(matched, dtype=torch.int8)
     edges = zip(matcher.thresholds[:-1], matcher.thresholds[1:], strict=True)
@@ -63,34 +66,14 @@ def _match(matcher: Matcher, gt_boxes: list[Boxes], anchors: Boxes) -> Iterator[
 
 
 def _are_best(overlaps: Tensor, gt_boxes: list[Boxes], shape: tuple[int, int]) -> Tensor:
-    """Which anchors no other exceeds for some ground truth, (N, R) bool."""
+    """Whether an anchor is among the best of some ground truth, (N, R) bool."""
     (gts, columns), values = overlaps.indices(), overlaps.values()
     highest = values.new_zeros(len(overlaps)).scatter_reduce(0, gts, values, "amax")
-    are_best = torch.zeros(overlaps.shape[1], dtype=torch.int8, device=values.device)
+    # Numbers, as to choose columns by a mask would make the host wait for a GPU.
     is_best = (values == highest[gts]).to(torch.int8)
+    are_best = torch.zeros(overlaps.shape[1], dtype=torch.int8, device=values.device)
     are_best = are_best.scatter_reduce(0, columns, is_best, "amax").view(shape) == 1
-    # For one that overlaps none all of them are, as equally bad.
+    # All anchors are the best of a ground truth that overlaps none, as detectron2 has it.
     images = highest.split([len(boxes) for boxes in gt_boxes])
     overlaps_none = torch.stack([(of_image == 0).any() for of_image in images])
     return are_best | overlaps_none.unsqueeze(1)
-
-
-def take_boxes(gt: Instances, gt_indices: Tensor) -> Tensor:
-    """The ground truths that anchors answer to, (R, 4) of their indices, (R,); 0 without any."""
-    boxes = gt.gt_boxes.tensor
-    return boxes[gt_indices] if len(boxes) > 0 else boxes.new_zeros(len(gt_indices), 4)
-
-
-def take_classes(gt: Instances, gt_indices: Tensor, labels: Tensor, background: int) -> Tensor:
-    """The classes that anchors are to learn, (R,) int64.
-
-    Args:
-        gt: ground truths of the image.
-        gt_indices: (R,) int64.
-        labels: (R,) int8; 1 positive, 0 negative, -1 ignored.
-        background: number of classes, the outcome for negatives; -1 it is for ignored ones.
-    """
-    if len(gt) == 0:
-        return torch.full_like(gt_indices, background)
-    classes = torch.where(labels == 1, gt.gt_classes[gt_indices], background)
-    return classes.masked_fill(labels == -1, -1)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from libra_d2.matching import check_mutual_guidance, classify_to_localize, localize_to_classify
 
-from .max_iou import take_boxes, take_classes
 from .overlaps import find_overlaps, split_batch
 from .switches import DoesNotFit, SwitchRegistry, from_keys
+from .targets import take_boxes, take_classes
 
 __all__ = ["MATCHERS", "MutualGuidanceMatcher", "PredictionMatcher"]
 
@@ -111,7 +111,7 @@ class MutualGuidanceMatcher:
         pred_boxes = torch.stack([transform.apply_deltas(d, anchors.tensor) for d in deltas])
         labelled = [
             self._label(anchors, logits[part], pred_boxes[part], gt_instances[part])
-            for part in split_batch(num_images, logits.device)
+            for part in split_batch([gt.gt_boxes for gt in gt_instances], len(anchors))
         ]
         *targets, numbers = zip(*labelled, strict=True)
         self._log(torch.stack(numbers).sum(dim=0), num_images)

@@ -1,5 +1,7 @@
 """IoU of those boxes alone that overlap."""
 
+from collections.abc import Iterator
+
 import torch
 from detectron2.structures import Boxes
 from torch import Tensor
@@ -8,18 +10,30 @@ from torch.nn.functional import pad
 __all__ = ["find_overlaps", "split_batch"]
 
 _BLOCK = 64  # boxes that are looked at together, or not at all
-# Boxes compared in one step: 4 MiB of coordinates on a CPU; 256 on a GPU, which is waited for once
+# Boxes compared in one step: 4 MiB of coordinates on a CPU; 64 on a GPU, which is waited for once
 # in each step.
-_AT_ONCE, _AT_ONCE_ON_GPU = 2**18, 2**24
-# Others take a batch as a whole: a GPU is then waited for hardly more often than for one image. On
-# a CPU that would only take memory.
-_IMAGES_AT_ONCE = {"cpu": 1}
+_AT_ONCE, _AT_ONCE_ON_GPU = 2**18, 2**22
+# Pairs, overlapping or not, of the images that are taken together: 64 objects and the anchors of
+# 800x1333 pixels. On a CPU, which is not waited for, that would only take memory.
+_PAIRS_AT_ONCE, _PAIRS_AT_ONCE_ON_GPU = 0, 2**24
 
 
-def split_batch(num_images: int, device: torch.device) -> list[slice]:
-    """The images whose overlaps are best found together."""
-    at_once = _IMAGES_AT_ONCE.get(device.type, max(1, num_images))
-    return [slice(first, first + at_once) for first in range(0, num_images, at_once)]
+def split_batch(gt_boxes: list[Boxes], num_boxes: int) -> Iterator[slice]:
+    """The images whose overlaps are best found together; one has any number of pairs.
+
+    Args:
+        gt_boxes: of each of N images, at least one.
+        num_boxes: of an image, that are compared with them.
+    """
+    on_cpu = gt_boxes[0].device.type == "cpu"
+    most = _PAIRS_AT_ONCE if on_cpu else _PAIRS_AT_ONCE_ON_GPU
+    first, num_pairs = 0, 0
+    for image, boxes in enumerate(gt_boxes):
+        num_pairs += len(boxes) * num_boxes
+        if image > first and num_pairs > most:
+            yield slice(first, image)
+            first, num_pairs = image, len(boxes) * num_boxes
+    yield slice(first, len(gt_boxes))
 
 
 @torch.no_grad()

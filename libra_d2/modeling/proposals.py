@@ -8,7 +8,7 @@ Shape shorthand in this module:
 """
 
 import torch
-from detectron2.layers import batched_nms
+from detectron2.layers import batched_nms, cat
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
@@ -33,8 +33,8 @@ def find_top_candidates(
         number: how many to take of a level, at most.
 
     Returns:
-        Boxes, (N, K, 4) in pixels; their logits, (N, K), those of a level descending; their levels,
-        (K,) int64.
+        Boxes, (N, K, 4) float32 in pixels; their logits, (N, K), those of a level descending; their
+        levels, (K,) int64.
     """
     boxes, top_logits, levels = [], [], []
     for level, (own_anchors, own_logits, own_deltas) in enumerate(
@@ -48,7 +48,7 @@ def find_top_candidates(
         boxes.append(decoded.view(chosen.shape))
         top_logits.append(values)
         levels.append(index.new_full(index.shape[1:], level))
-    return torch.cat(boxes, dim=1), torch.cat(top_logits, dim=1), torch.cat(levels)
+    return cat(boxes, dim=1), cat(top_logits, dim=1), cat(levels)
 
 
 def find_top_proposals(
@@ -62,14 +62,14 @@ def find_top_proposals(
     min_box_size: float,
     training: bool,
 ) -> list[Instances]:
-    """Proposals of each image: its candidates inside of the image, after NMS of each level.
+    """Proposals of each image: its candidates, clipped to the image, after NMS of each level.
 
-    The host waits for a GPU twice, and for the NMS of each image.
+    The host waits for a GPU three times, and for the NMS of each image.
 
     Args:
-        boxes: (N, K, 4) in pixels.
+        boxes: (N, K, 4) float32 in pixels.
         logits: (N, K).
-        levels: (K,).
+        levels: (K,) int64.
         image_sizes: height and width of each image, in pixels.
         nms_thresh: IoU, in [0, 1].
         number: how many to return of an image, at most.
@@ -90,15 +90,12 @@ def find_top_proposals(
     if training and not all_finite:
         raise FloatingPointError("The RPN's boxes or scores contain Inf/NaN: it has diverged.")
     images, places = is_kept.nonzero(as_tuple=True)
-    per_image = (x.split(numbers) for x in (boxes[images, places], logits[images, places]))
+    candidates = boxes[images, places], logits[images, places], levels[places]
+    per_image = (x.split(numbers) for x in candidates)
     proposals = []
-    for size, own_boxes, own_logits, own_levels in zip(
-        image_sizes, *per_image, levels[places].split(numbers), strict=True
-    ):
-        kept = batched_nms(own_boxes, own_logits, own_levels, nms_thresh)[:number]
-        proposals.append(
-            Instances(
-                size, proposal_boxes=Boxes(own_boxes[kept]), objectness_logits=own_logits[kept]
-            )
-        )
+    for size, *of_image in zip(image_sizes, *per_image, strict=True):
+        own_boxes, own_logits, _ = of_image
+        kept = batched_nms(*of_image, nms_thresh)[:number]
+        fields = {"proposal_boxes": Boxes(own_boxes[kept]), "objectness_logits": own_logits[kept]}
+        proposals.append(Instances(size, **fields))
     return proposals

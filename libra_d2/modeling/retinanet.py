@@ -31,11 +31,12 @@ from libra_d2.ranking import reweight_positives
 from .balanced_pyramid import BalancedPyramid
 from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
 from .classification_losses import CLASSIFICATION_LOSSES, ClassificationLoss, FocalLoss
-from .max_iou import match_anchors, take_boxes, take_classes
+from .max_iou import match_anchors
 from .mutual_guidance import MATCHERS, PredictionMatcher
 from .pisa import Carl, IsrPositive, log_reweighting
 from .pyramids import LastLevelP6P7WithoutReLU
 from .switches import naming_keys, refuse_replaced
+from .targets import take_boxes, take_classes
 
 __all__ = ["LibraRetinaNet"]
 
@@ -177,9 +178,10 @@ class LibraRetinaNet(RetinaNet):
         all_gts = [gt.gt_boxes for gt in gt_instances]
         matched = match_anchors(self.anchor_matcher, all_gts, Boxes.cat(anchors))
         gt_labels, gt_boxes = [], []
-        for gt, m in zip(gt_instances, matched, strict=True):
-            gt_labels.append(take_classes(gt, m.gt_indices, m.labels, self.num_classes))
-            gt_boxes.append(take_boxes(gt, m.gt_indices))
+        for gt, matches in zip(gt_instances, matched, strict=True):
+            chosen = matches.gt_indices
+            gt_labels.append(take_classes(gt, chosen, matches.labels, self.num_classes))
+            gt_boxes.append(take_boxes(gt, chosen))
         return gt_labels, gt_boxes
 
     def losses(

@@ -23,7 +23,7 @@ from libra_d2.config import get_key, settle
 from libra_d2.sampling import sample_random
 
 from .box_losses import BOX_LOSSES, DETECTRON2S, BoxLoss, detectron2s_box_loss
-from .max_iou import match_anchors, take_boxes
+from .max_iou import match_anchors
 from .proposals import find_top_candidates, find_top_proposals
 from .samplers import (
     NEGATIVE_SAMPLERS,
@@ -32,6 +32,7 @@ from .samplers import (
 )
 from .sampling_matcher import SamplingMatcher, needs_predictions
 from .switches import check_bound, naming_keys, refuse_replaced
+from .targets import take_boxes
 
 __all__ = ["LibraRPN"]
 
@@ -155,7 +156,7 @@ class LibraRPN(RPN):
             Labels, (R,) int8 in {-1, 0, 1}, and the ground truths that positives answer to, (R, 4),
             of each image.
         """
-        sampler = self.anchor_matcher if isinstance(self.anchor_matcher, SamplingMatcher) else None
+        sampler = self.anchor_matcher if type(self.anchor_matcher) is SamplingMatcher else None
         matcher = self.anchor_matcher if sampler is None else sampler.matcher
         if type(matcher) is not Matcher or self.anchor_boundary_thresh >= 0:
             return super().label_and_sample_anchors(anchors, gt_instances)
@@ -258,6 +259,11 @@ class LibraRPN(RPN):
         Returns:
             ``proposal_boxes`` and ``objectness_logits`` of each image, by descending logits.
         """
+        decodes_otherwise = type(self)._decode_proposals is not RPN._decode_proposals
+        if decodes_otherwise or torch.jit.is_tracing():
+            return super().predict_proposals(
+                anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes
+            )
         candidates = find_top_candidates(
             anchors,
             pred_objectness_logits,

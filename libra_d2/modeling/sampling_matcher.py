@@ -97,10 +97,17 @@ class SamplingMatcher:
         return gt_indices, self.sample(matches)
 
     def sample(self, matches: Matches) -> Tensor:
-        """Samples one image's candidates, once they are matched; see :meth:`__call__`.
+        """Samples one image's candidates, once they are matched.
+
+        Args:
+            matches: what :meth:`__call__` makes of a matrix, with predictions if a sampler needs
+                them; weights are set by samplers that have them.
 
         Returns:
-            Their labels, (P,) int8.
+            Their labels, (P,) int8: 1 and 0 for the chosen positives and negatives, -1 for others.
+
+        Raises:
+            ValueError: if a sampler weighs candidates outside of :meth:`of`.
         """
         labels = self._sample(matches) if len(matches.labels) > 0 else matches.labels
         if self._batch is not None:
