@@ -88,7 +88,7 @@ def find_top_proposals(
     is_kept = (boxes[..., 2:] - boxes[..., :2] > min_box_size).all(dim=2) & is_finite
     *numbers, all_finite = torch.cat([is_kept.sum(dim=1), is_finite.all()[None]]).tolist()
     if training and not all_finite:
-        raise FloatingPointError("The RPN's boxes or scores contain Inf/NaN: it has diverged.")
+        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN: the RPN has diverged.")
     images, places = is_kept.nonzero(as_tuple=True)
     candidates = boxes[images, places], logits[images, places], levels[places]
     per_image = (x.split(numbers) for x in candidates)
