@@ -52,7 +52,7 @@ gpu-check: .venv/requirements .venv/detectron2
 	  echo "make gpu-check needs a GPU that torch finds" >&2; exit 1; }
 	@$(PYTEST) tests/test_matching.py tests/test_modeling.py tests/test_retinanet.py tests/test_sampling.py \
 	  tests/test_look.py tests/test_loader.py tests/test_max_iou.py tests/test_packing.py tests/test_proposals.py tests/test_gpu.py
-	@$(PY) tools/benchmark.py samplers matching speed gpu-short --repeats 10 $(ARGS)
+	@$(PY) tools/benchmark.py samplers matching proposals speed gpu-short --repeats 10 $(ARGS)
 
 clean:
 	rm -rf .venv datasets/digits output

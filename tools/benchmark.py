@@ -31,6 +31,7 @@ BENCHMARKS = {
     "samplers": samplers.benchmark_samplers,
     "bfp": parts.benchmark_bfp,
     "matching": parts.benchmark_matching,
+    "proposals": parts.benchmark_proposals,
     "pooling": parts.benchmark_pooling,
     "reweighting": parts.benchmark_reweighting,
     "iteration": models.benchmark_iteration,

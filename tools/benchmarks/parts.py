@@ -8,6 +8,7 @@ from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling import build_anchor_generator
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from libra_d2.engine import load_config
 from libra_d2.layers import BalancedFeaturePyramid, NonLocal2d
-from libra_d2.modeling import LibraFastRCNNOutputLayers, MutualGuidanceMatcher
+from libra_d2.modeling import LibraFastRCNNOutputLayers, LibraRPN, MutualGuidanceMatcher
 from libra_d2.modeling.max_iou import match_anchors
 from libra_d2.modeling.roi_align import ParallelROIAlign, SparseROIAlign
 
@@ -127,6 +128,41 @@ def make_anchors(size: tuple[int, int]) -> Boxes:
     generator = build_anchor_generator(cfg, [ShapeSpec(stride=stride) for stride in strides])
     features = [torch.zeros(1, 1, *(-(-side // stride) for side in size)) for stride in strides]
     return Boxes.cat(generator(features))
+
+
+# ---- proposals of an RPN
+
+
+def make_proposing(num_images: int, training: bool) -> dict[str, Callable]:
+    """Proposals of images of 800x1216, from random logits and deltas."""
+    cfg = load_config(str(CONFIGS / "Base-RCNN-FPN.yaml"))
+    strides = [4, 8, 16, 32, 64]
+    shapes = {f"p{i + 2}": ShapeSpec(channels=256, stride=s) for i, s in enumerate(strides)}
+    rpn = LibraRPN(cfg, shapes).to(DEVICE).train(training)
+    size = (800, 1216)
+    features = [torch.zeros(1, 1, *(side // s for side in size), device=DEVICE) for s in strides]
+    anchors = rpn.anchor_generator(features)
+    generator = torch.Generator().manual_seed(0)
+    logits, deltas = (
+        [scale * torch.randn(num_images, len(a), *last, generator=generator) for a in anchors]
+        for scale, last in ((1.0, ()), (0.1, (4,)))
+    )
+    logits, deltas = ([level.to(DEVICE) for level in levels] for levels in (logits, deltas))
+    predictions = anchors, logits, deltas, [size] * num_images
+    return {
+        "detectron2": lambda: RPN.predict_proposals(rpn, *predictions),
+        "LibraRPN": lambda: rpn.predict_proposals(*predictions),
+    }
+
+
+def benchmark_proposals(repeats: int) -> None:
+    rows = []
+    for training, num_images in itertools.product((True, False), (1, 8)):
+        seconds = measure(make_proposing(num_images, training), repeats)
+        plain, own = (1000 * value for value in seconds.values())
+        rows.append(("training" if training else "inference", num_images, plain, own, own / plain))
+    title = f"Proposals of images of 800x1216 from an RPN's logits and deltas, ms ({DEVICE})"
+    show(title, rows, ("mode", "images", "detectron2", "LibraRPN", "ratio"))
 
 
 # ---- importance-based reweighting
