@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["check_mutual_guidance", "classify_to_localize", "localize_to_classify"]
+__all__ = [
+    "check_mutual_guidance",
+    "classify_to_localize",
+    "guide_mutually",
+    "localize_to_classify",
+]
 
 _POSITIVE, _IGNORED, _NOT_OWN = 2, 1, -1  # the larger is the stronger claim to an anchor
 
@@ -65,13 +70,8 @@ def localize_to_classify(
     check_mutual_guidance(positive_iou, negative_iou)
     _check_shapes(anchor_ious, regressed_ious)
     anchor_pairs = _Pairs.of(anchor_ious)
-    own = anchor_pairs.own(negative_iou)
-    return _label(
-        _Pairs.of(regressed_ious).own(),
-        anchor_pairs,
-        num_positives=own.count(positive_iou),
-        num_not_negative=own.count(negative_iou),
-    )
+    numbers = anchor_pairs.count_own(positive_iou, negative_iou)
+    return _label(_Pairs.of(regressed_ious), anchor_pairs, *numbers)
 
 
 @torch.no_grad()
@@ -110,19 +110,47 @@ def classify_to_localize(
     check_mutual_guidance(positive_iou, negative_iou, sigma)
     _check_shapes(anchor_ious, class_scores)
     anchor_pairs = _Pairs.of(anchor_ious)
-    if not class_scores.is_sparse:
-        scores = class_scores[anchor_pairs.gts, anchor_pairs.anchors]
-    elif anchor_ious.is_sparse and _have_equal_indices(class_scores, anchor_ious):
-        scores = class_scores.coalesce().values()
-    else:
-        raise ValueError("sparse class_scores must have the indices of sparse anchor_ious")
-    amplified = anchor_pairs.values ** ((sigma - scores) / sigma)
-    num_positives = anchor_pairs.own(positive_iou).count(positive_iou)
-    return _label(
-        replace(anchor_pairs, values=amplified).own(),
-        anchor_pairs,
-        num_positives=num_positives,
-        num_not_negative=num_positives,
+    (num_positives,) = anchor_pairs.count_own(positive_iou)
+    amplified = _amplify(anchor_pairs, anchor_ious, class_scores, sigma)
+    return _label(amplified, anchor_pairs, num_positives, num_positives)
+
+
+@torch.no_grad()
+def guide_mutually(
+    anchor_ious: Tensor,
+    regressed_ious: Tensor,
+    class_scores: Tensor,
+    *,
+    sigma: float = 2.0,
+    positive_iou: float = 0.5,
+    negative_iou: float = 0.4,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What :func:`localize_to_classify` and :func:`classify_to_localize` give, counting once.
+
+    Args:
+        anchor_ious: as both take it.
+        regressed_ious: as the first takes it.
+        class_scores: as the second takes it.
+        sigma: the same.
+        positive_iou: as both take it.
+        negative_iou: the same.
+
+    Returns:
+        Indices and labels for classification, and those for box regression.
+
+    Raises:
+        ValueError: as they do.
+    """
+    check_mutual_guidance(positive_iou, negative_iou, sigma)
+    _check_shapes(anchor_ious, regressed_ious)
+    _check_shapes(anchor_ious, class_scores)
+    anchor_pairs = _Pairs.of(anchor_ious)
+    num_positives, num_not_negative = anchor_pairs.count_own(positive_iou, negative_iou)
+    regressed_pairs = _Pairs.of(regressed_ious)
+    amplified = _amplify(anchor_pairs, anchor_ious, class_scores, sigma)
+    return (
+        _label(regressed_pairs, anchor_pairs, num_positives, num_not_negative),
+        _label(amplified, anchor_pairs, num_positives, num_positives),
     )
 
 
@@ -140,6 +168,19 @@ def _have_equal_indices(one: Tensor, other: Tensor) -> bool:
     return (one.data_ptr() == other.data_ptr() and one.shape == other.shape) or torch.equal(
         one, other
     )
+
+
+def _amplify(
+    anchor_pairs: "_Pairs", anchor_ious: Tensor, class_scores: Tensor, sigma: float
+) -> "_Pairs":
+    """The amplified IoUs of the pairs of anchor_ious."""
+    if not class_scores.is_sparse:
+        scores = class_scores[anchor_pairs.gts, anchor_pairs.anchors]
+    elif anchor_ious.is_sparse and _have_equal_indices(class_scores, anchor_ious):
+        scores = class_scores.coalesce().values()
+    else:
+        raise ValueError("sparse class_scores must have the indices of sparse anchor_ious")
+    return replace(anchor_pairs, values=anchor_pairs.values ** ((sigma - scores) / sigma))
 
 
 @dataclass(frozen=True)
@@ -197,10 +238,10 @@ class _Pairs:
         highest = self.values.new_zeros(number).scatter_reduce(0, groups, self.values, "amax")
         return highest[groups]
 
-    def count(self, minimum: float) -> Tensor:
-        """Number of each ground truth's values of at least this, (G,) int64."""
-        enough = (self.values >= minimum).to(torch.int64)
-        return self.gts.new_zeros(self.shape[0]).scatter_add(0, self.gts, enough)
+    def count_own(self, *minima: float) -> list[Tensor]:
+        """Numbers of each ground truth's own values of at least each of these, (G,) int64."""
+        own, zeros = self.own(min(minima)), self.gts.new_zeros(self.shape[0])
+        return [zeros.scatter_add(0, own.gts, (own.values >= m).to(torch.int64)) for m in minima]
 
     def ranks(self) -> Tensor:
         """Rank of each pair's value among those of its ground truth, (P,) from 0, the largest."""
@@ -212,7 +253,7 @@ class _Pairs:
 
 
 def _label(
-    own: _Pairs, anchor_pairs: _Pairs, *, num_positives: Tensor, num_not_negative: Tensor
+    quality: _Pairs, anchor_pairs: _Pairs, num_positives: Tensor, num_not_negative: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Labels the first of each ground truth's ranking positive, those after them ignored.
 
@@ -220,11 +261,12 @@ def _label(
     predictions would claim anchors anywhere in the image.
 
     Args:
-        own: what :meth:`_Pairs.own` gives for the quality to rank by.
+        quality: what to rank by.
         anchor_pairs: IoUs of the anchors.
         num_positives: (G,) int64.
         num_not_negative: number of positive and ignored anchors, (G,) int64.
     """
+    own = quality.own()
     num_gts, num_anchors = own.shape
     ranks = own.ranks()
     states = (ranks < num_not_negative[own.gts]).to(torch.int8) * _IGNORED

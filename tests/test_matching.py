@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from libra_d2.matching import classify_to_localize, localize_to_classify
+from libra_d2.matching import classify_to_localize, guide_mutually, localize_to_classify
 
 
 def grid_anchors(size=128):
@@ -146,6 +146,33 @@ class TestIdentities:
         classify_to_localize(anchor_ious, scores)
         for matrix, copy in zip(matrices, before, strict=True):
             assert torch.equal(matrix, copy) and matrix.grad is None
+
+
+class TestBothAtOnce:
+    @pytest.mark.parametrize("seed", range(10))
+    @pytest.mark.parametrize("thresholds", [(0.5, 0.4), (0.6, 0.3), (0.5, 0.5)])
+    @pytest.mark.parametrize("is_sparse", [False, True])
+    def test_the_labels_of_each(self, seed, thresholds, is_sparse):
+        anchor_ious, regressed_ious, scores = scene(seed, num_gts=40, noise=15.0)
+        if is_sparse:
+            scores = (scores * (anchor_ious > 0)).to_sparse()
+            anchor_ious, regressed_ious = anchor_ious.to_sparse(), regressed_ious.to_sparse()
+        options = dict(zip(("positive_iou", "negative_iou"), thresholds, strict=True))
+        both = guide_mutually(anchor_ious, regressed_ious, scores, sigma=1.7, **options)
+        alone = (
+            localize_to_classify(anchor_ious, regressed_ious, **options),
+            classify_to_localize(anchor_ious, scores, sigma=1.7, **options),
+        )
+        for got, expected in zip(both, alone, strict=True):
+            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+    def test_bad_input(self):
+        ious = torch.zeros(1, 2)
+        for matrices in ((ious, torch.zeros(1, 3), ious), (ious, ious, torch.zeros(1, 3))):
+            with pytest.raises(ValueError, match=r"same shape .*got \(1, 2\) and \(1, 3\)"):
+                guide_mutually(*matrices)
+        with pytest.raises(ValueError, match="sigma must be greater than 1, got"):
+            guide_mutually(ious, ious, ious, sigma=1.0)
 
 
 class TestNoObjectIsLeftOut:

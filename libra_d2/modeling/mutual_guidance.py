@@ -7,7 +7,7 @@ Shape shorthand in this module:
     K: number of classes
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from typing import Protocol
@@ -19,9 +19,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from libra_d2.matching import check_mutual_guidance, classify_to_localize, localize_to_classify
+from libra_d2.matching import check_mutual_guidance, guide_mutually
 
-from .overlaps import find_overlaps, split_batch
+from .overlaps import find_overlaps, make_sparse, split_batch
 from .switches import DoesNotFit, SwitchRegistry, from_keys
 from .targets import take_boxes, take_classes
 
@@ -128,17 +128,10 @@ class MutualGuidanceMatcher:
         regressed_ious = find_overlaps(own_boxes, pred_boxes)
         classes = torch.cat([gt.gt_classes for gt in gt_instances])
         gts, columns = anchor_ious.indices()
-        scores = torch.sparse_coo_tensor(
-            anchor_ious.indices(),
-            logits.flatten(end_dim=1)[columns, classes.long()[gts]].float().sigmoid(),
-            anchor_ious.shape,
-            is_coalesced=True,
-            check_invariants=False,
-        )
-        thresholds = {"positive_iou": self.positive_iou, "negative_iou": self.negative_iou}
-        cls_gt, cls_labels = localize_to_classify(anchor_ious, regressed_ious, **thresholds)
-        box_gt, box_labels = classify_to_localize(
-            anchor_ious, scores, sigma=self.sigma, **thresholds
+        scores = logits.flatten(end_dim=1)[columns, classes.long()[gts]].float().sigmoid()
+        scores = make_sparse(anchor_ious.indices(), scores, anchor_ious.shape)
+        (cls_gt, cls_labels), (box_gt, box_labels) = guide_mutually(
+            *(anchor_ious, regressed_ious, scores), **asdict(self)
         )
 
         is_positive = cls_labels == 1

@@ -7,7 +7,7 @@ from detectron2.structures import Boxes
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["find_overlaps", "split_batch"]
+__all__ = ["find_overlaps", "make_sparse", "split_batch"]
 
 _BLOCK = 64  # boxes that are looked at together, or not at all
 # Boxes compared in one step: 4 MiB of coordinates on a CPU; 64 on a GPU, which is waited for once
@@ -75,13 +75,15 @@ def find_overlaps(gt_boxes: list[Boxes], boxes: Tensor) -> Tensor:
         ious.append((shared / (gt_areas[gt, None] + areas[chosen] - shared))[pair, place])
         columns = image * num_boxes + block * _BLOCK
         indices.append(torch.stack([gt[pair], columns[pair] + place]))
-    return torch.sparse_coo_tensor(
-        torch.cat(indices, dim=1),
-        torch.cat(ious),
-        (len(gts), num_images * num_boxes),
-        is_coalesced=True,
-        check_invariants=False,
-    )
+    shape = len(gts), num_images * num_boxes
+    return make_sparse(torch.cat(indices, dim=1), torch.cat(ious), shape)
+
+
+# The argument check_invariants does the same, but does not keep torch 2.11 from warning.
+@torch.sparse.check_sparse_tensor_invariants(enable=False)
+def make_sparse(indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A sparse COO matrix of ascending indices, (2, P), none of them twice, and values, (P,)."""
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True)
 
 
 def _intersect(boxes: Tensor, others: Tensor) -> Tensor:
