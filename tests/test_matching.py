@@ -280,8 +280,12 @@ def test_of_equal_predictions_the_first_anchor_is_taken():
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
 def test_nothing_to_match(shape):
-    for function in (localize_to_classify, classify_to_localize):
-        matched_gt, labels = function(torch.zeros(shape), torch.zeros(shape))
+    ious = torch.zeros(shape)
+    for matched_gt, labels in (
+        localize_to_classify(ious, ious),
+        classify_to_localize(ious, ious),
+        *guide_mutually(ious, ious, ious),
+    ):
         assert matched_gt.shape == labels.shape == (shape[1],)
         assert matched_gt.dtype == torch.int64 and not labels.any()
 
@@ -317,4 +321,7 @@ def test_the_same_on_a_gpu():
     for function, other in ((localize_to_classify, 1), (classify_to_localize, 2)):
         expected = function(matrices[0], matrices[other])
         got = function(matrices[0].cuda(), matrices[other].cuda())
+        assert_same([tensor.cpu() for tensor in got], expected)
+    both = guide_mutually(*(matrix.cuda() for matrix in matrices))
+    for got, expected in zip(both, guide_mutually(*matrices), strict=True):
         assert_same([tensor.cpu() for tensor in got], expected)

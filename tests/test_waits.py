@@ -113,5 +113,6 @@ def test_no_more_than_detectron2s(config, plain, num_objects):
     theirs = count_waits(plain, opts, num_objects)
     more = 0
     if config == GUIDED:
-        more = max(0, 7 - 3 * len(num_objects))  # the matching's, of any number as many
+        # The matching's, for a batch as a whole; each image saves some.
+        more = max(0, 7 - 3 * len(num_objects))
     assert own.total() <= theirs.total() + more, (own, theirs)
