@@ -202,7 +202,9 @@ class _Pairs:
     def __getitem__(self, chosen: Tensor) -> "_Pairs":
         """Those of a mask, which is searched once."""
         chosen = chosen.nonzero()[:, 0]
-        return _Pairs(self.gts[chosen], self.anchors[chosen], self.values[chosen], self.shape)
+        # index_select takes a fraction of the time of brackets.
+        columns = (self.gts, self.anchors, self.values)
+        return _Pairs(*(column.index_select(0, chosen) for column in columns), self.shape)
 
     def own(self, at_least: float = 0.0) -> "_Pairs":
         """The pairs in which an anchor is with its best ground truth, and some others of value 0.
@@ -236,7 +238,7 @@ class _Pairs:
     def _highest(self, groups: Tensor, number: int) -> Tensor:
         """The largest value of each pair's group, (P,)."""
         highest = self.values.new_zeros(number).scatter_reduce(0, groups, self.values, "amax")
-        return highest[groups]
+        return highest.index_select(0, groups)
 
     def count_own(self, *minima: float) -> list[Tensor]:
         """Numbers of each ground truth's own values of at least each of these, (G,) int64."""
@@ -297,8 +299,8 @@ def _serve_left_out(pairs: _Pairs, matched_gt: Tensor, labels: Tensor) -> tuple[
     while True:
         served = matched_gt.masked_fill(labels != 1, num_gts)
         left_out = labels.new_ones(num_gts + 1).index_fill(0, served, 0)
-        is_free = (labels[pairs.anchors] != 1) & (pairs.values > 0)
-        pairs = pairs[(left_out[pairs.gts] == 1) & is_free]
+        is_free = (labels.index_select(0, pairs.anchors) != 1) & (pairs.values > 0)
+        pairs = pairs[(left_out.index_select(0, pairs.gts) == 1) & is_free]
         if len(pairs.values) == 0:
             return matched_gt, labels
         positions = torch.arange(len(pairs.values), device=labels.device)

@@ -45,7 +45,7 @@ def _match(matcher: Matcher, gt_boxes: list[Boxes], anchors: Boxes) -> Iterator[
     (gts, columns), values = overlaps.indices(), overlaps.values()
     ious = values.new_zeros(num_columns).scatter_reduce(0, columns, values, "amax")
     # The first of equal ones, and of those that do not overlap.
-    candidates = gts.masked_fill(values != ious[columns], num_gts)
+    candidates = gts.masked_fill(values != ious.index_select(0, columns), num_gts)
     matched = gts.new_full((num_columns,), num_gts).scatter_reduce(0, columns, candidates, "amin")
     matched = matched.masked_fill(ious == 0, 0)
 
@@ -70,7 +70,7 @@ def _are_best(overlaps: Tensor, gt_boxes: list[Boxes], shape: tuple[int, int]) -
     (gts, columns), values = overlaps.indices(), overlaps.values()
     highest = values.new_zeros(len(overlaps)).scatter_reduce(0, gts, values, "amax")
     # Numbers, as to choose columns by a mask would make the host wait for a GPU.
-    is_best = (values == highest[gts]).to(torch.int8)
+    is_best = (values == highest.index_select(0, gts)).to(torch.int8)
     are_best = torch.zeros(overlaps.shape[1], dtype=torch.int8, device=values.device)
     are_best = are_best.scatter_reduce(0, columns, is_best, "amax").view(shape) == 1
     # All anchors are the best of a ground truth that overlaps none, as detectron2 has it.

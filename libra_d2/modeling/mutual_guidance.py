@@ -128,7 +128,8 @@ class MutualGuidanceMatcher:
         regressed_ious = find_overlaps(own_boxes, pred_boxes)
         classes = torch.cat([gt.gt_classes for gt in gt_instances])
         gts, columns = anchor_ious.indices()
-        scores = logits.flatten(end_dim=1)[columns, classes.long()[gts]].float().sigmoid()
+        places = columns * logits.shape[2] + classes.long().index_select(0, gts)
+        scores = logits.flatten().index_select(0, places).float().sigmoid()
         scores = make_sparse(anchor_ious.indices(), scores, anchor_ious.shape)
         (cls_gt, cls_labels), (box_gt, box_labels) = guide_mutually(
             *(anchor_ious, regressed_ious, scores), **asdict(self)
@@ -137,7 +138,8 @@ class MutualGuidanceMatcher:
         is_positive = cls_labels == 1
         num_agreed = (is_positive & (box_labels == 1) & (cls_gt == box_gt)).sum()
         gts, columns = regressed_ious.indices()
-        is_matched = is_positive[columns] & (cls_gt[columns] == gts)
+        matched_gt = cls_gt.masked_fill(~is_positive, -1)
+        is_matched = matched_gt.index_select(0, columns) == gts
         sum_ious = regressed_ious.values().masked_fill(~is_matched, 0.0).sum()
         of_images = partial(_split, gt_instances=gt_instances, background=logits.shape[2])
         return (

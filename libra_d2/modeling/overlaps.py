@@ -64,19 +64,25 @@ def find_overlaps(gt_boxes: list[Boxes], boxes: Tensor) -> Tensor:
     gts = Boxes.cat(gt_boxes)
     images = [near.new_full((len(of_image),), i) for i, of_image in enumerate(gt_boxes)]
     images = torch.cat(images)
-    gt_areas, areas = gts.area(), Boxes(blocks.reshape(-1, 4)).area().reshape(blocks.shape[:3])
+    blocks = blocks.flatten(end_dim=1)  # of all sets, num_blocks each
+    num_blocks = len(blocks) // num_sets
+    gt_areas, areas = gts.area(), Boxes(blocks.flatten(end_dim=1)).area().reshape(-1, _BLOCK)
     at_once = _AT_ONCE if boxes.device.type == "cpu" else _AT_ONCE_ON_GPU
-    indices, ious = [], []
+    rows, columns, ious = [], [], []
     for gt, block in near.split(at_once // _BLOCK, dim=1):
-        image = images[gt]
-        chosen = image % num_sets, block  # of the only set, or of the image's
-        shared = _intersect(gts.tensor[gt, None], blocks[chosen])
-        pair, place = (shared > 0).nonzero().t()
-        ious.append((shared / (gt_areas[gt, None] + areas[chosen] - shared))[pair, place])
-        columns = image * num_boxes + block * _BLOCK
-        indices.append(torch.stack([gt[pair], columns[pair] + place]))
+        # index_select takes a fraction of the time of brackets.
+        image = images.index_select(0, gt)
+        chosen = image % num_sets * num_blocks + block  # of the only set, or of the image's
+        own = gts.tensor.index_select(0, gt).unsqueeze(1)
+        shared = _intersect(own, blocks.index_select(0, chosen))
+        union = gt_areas.index_select(0, gt).unsqueeze(1) + areas.index_select(0, chosen) - shared
+        overlapping = (shared > 0).flatten().nonzero()[:, 0]
+        ious.append((shared / union).flatten().index_select(0, overlapping))
+        pair, place = overlapping // _BLOCK, overlapping % _BLOCK
+        rows.append(gt.index_select(0, pair))
+        columns.append((image * num_boxes + block * _BLOCK).index_select(0, pair) + place)
     shape = len(gts), num_images * num_boxes
-    return make_sparse(torch.cat(indices, dim=1), torch.cat(ious), shape)
+    return make_sparse(torch.cat(rows + columns).view(2, -1), torch.cat(ious), shape)
 
 
 # The argument check_invariants does the same, but does not keep torch 2.11 from warning.
