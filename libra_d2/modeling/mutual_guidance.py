@@ -126,11 +126,7 @@ class MutualGuidanceMatcher:
         # One matrix for all images: each has rows and columns of its own.
         anchor_ious = find_overlaps(own_boxes, anchors.tensor.unsqueeze(0))
         regressed_ious = find_overlaps(own_boxes, pred_boxes)
-        classes = torch.cat([gt.gt_classes for gt in gt_instances])
-        gts, columns = anchor_ious.indices()
-        places = columns * logits.shape[2] + classes.long().index_select(0, gts)
-        scores = logits.flatten().index_select(0, places).float().sigmoid()
-        scores = make_sparse(anchor_ious.indices(), scores, anchor_ious.shape)
+        scores = _take_scores(logits, anchor_ious, gt_instances)
         (cls_gt, cls_labels), (box_gt, box_labels) = guide_mutually(
             *(anchor_ious, regressed_ious, scores), **asdict(self)
         )
@@ -154,6 +150,15 @@ class MutualGuidanceMatcher:
         storage.put_scalar("mutual_guidance/agreed_anchors", num_agreed / num_images)
         if num_positives > 0:
             storage.put_scalar("mutual_guidance/regressed_iou", sum_ious / num_positives)
+
+
+def _take_scores(logits: Tensor, pairs: Tensor, gt_instances: list[Instances]) -> Tensor:
+    """Scores at the anchors of a sparse matrix for its ground truths' classes, at its indices."""
+    classes = torch.cat([gt.gt_classes for gt in gt_instances]).long()
+    gts, anchors = pairs.indices()
+    places = classes.index_select(0, gts).add_(anchors, alpha=logits.shape[2])
+    scores = logits.flatten().index_select(0, places).float().sigmoid()
+    return make_sparse(pairs.indices(), scores, pairs.shape)
 
 
 def _split(
